@@ -1,0 +1,135 @@
+"""System calls, one method each: the only way by which anything here reaches the kernel.
+
+`Calls` is what the rest of the package sees; `Kernel` is the real thing.  Tests
+put a fault injector in its place by setting `kernel` in this module, which is
+looked up when a region is made.
+
+All methods raise `OSError` with the kernel's errno.  Addresses and lengths are
+bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import Any, Protocol
+
+from sparsemem._sys._shim import ffi, lib
+
+
+class Calls(Protocol):
+    """What a region needs from an operating system."""
+
+    def reserve(self, length: int, align: int, flags: int, fd: int, *, writable: bool, locked: bool) -> int: ...
+    def reserve_placeholder(self, address: int, length: int) -> None: ...
+    def unmap(self, address: int, length: int) -> None: ...
+    def madvise(self, address: int, length: int, advice: int) -> None: ...
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None: ...
+    def memfd_create(self, name: str, flags: int) -> int: ...
+    def memfd_secret(self) -> int: ...
+    def name_mapping(self, address: int, length: int, name: str) -> None: ...
+    def filesystem(self, fd: int) -> tuple[int, int]: ...
+    def open(self, path: str, flags: int, mode: int) -> int: ...
+    def duplicate(self, fd: int) -> int: ...
+    def close(self, fd: int) -> None: ...
+    def unlink(self, path: str) -> None: ...
+    def fstat(self, fd: int) -> os.stat_result: ...
+    def ftruncate(self, fd: int, length: int) -> None: ...
+    def statvfs(self, fd: int) -> os.statvfs_result: ...
+    def lseek(self, fd: int, offset: int, whence: int) -> int: ...
+    def pread(self, fd: int, length: int, offset: int) -> bytes: ...
+    def open_flags(self, fd: int) -> int: ...
+    def seals(self, fd: int) -> int: ...
+    def add_seals(self, fd: int, seals: int) -> None: ...
+    def advance(self, job: Any, budget_ns: int) -> int: ...
+
+
+def check(returned: int) -> int:
+    """Raises the OSError of a -errno, else hands the value on."""
+    if returned < 0:
+        raise OSError(-returned, os.strerror(-returned))
+    return returned
+
+
+class Kernel:
+    """The Linux kernel, through the shim where Python has no call or would hold the GIL."""
+
+    def reserve(self, length: int, align: int, flags: int, fd: int, *, writable: bool, locked: bool) -> int:
+        """Maps `length` bytes at a multiple of `align`, unlocked and unpopulated even under mlockall()."""
+        address = ffi.new("uint64_t *")
+        check(lib.sm_reserve(length, align, flags, fd, writable, locked, address))
+        return int(address[0])
+
+    def reserve_placeholder(self, address: int, length: int) -> None:
+        """Maps plain memory at a free address; EEXIST if something is there."""
+        check(lib.sm_reserve_placeholder(address, length))
+
+    def unmap(self, address: int, length: int) -> None:
+        check(lib.sm_unmap(address, length))
+
+    def madvise(self, address: int, length: int, advice: int) -> None:
+        check(lib.sm_madvise(address, length, advice))
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        check(lib.sm_fallocate(fd, mode, offset, length))
+
+    def memfd_create(self, name: str, flags: int) -> int:
+        return check(lib.sm_memfd_create(name.encode(), flags))
+
+    def memfd_secret(self) -> int:
+        return check(lib.sm_memfd_secret(os.O_CLOEXEC))
+
+    def name_mapping(self, address: int, length: int, name: str) -> None:
+        check(lib.sm_name_mapping(address, length, name.encode()))
+
+    def filesystem(self, fd: int) -> tuple[int, int]:
+        """The file system's magic number and its block size (on hugetlbfs: the page size)."""
+        block_size = ffi.new("uint64_t *")
+        magic = lib.sm_filesystem_type(fd, block_size)
+        return check(magic), int(block_size[0])
+
+    def open(self, path: str, flags: int, mode: int) -> int:
+        return os.open(path, flags, mode)
+
+    def duplicate(self, fd: int) -> int:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        return os.fstat(fd)
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        os.ftruncate(fd, length)
+
+    def statvfs(self, fd: int) -> os.statvfs_result:
+        return os.statvfs(fd)
+
+    def lseek(self, fd: int, offset: int, whence: int) -> int:
+        return os.lseek(fd, offset, whence)
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        return os.pread(fd, length, offset)
+
+    def open_flags(self, fd: int) -> int:
+        return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+    def seals(self, fd: int) -> int:
+        return fcntl.fcntl(fd, lib.F_GET_SEALS)
+
+    def add_seals(self, fd: int, seals: int) -> None:
+        fcntl.fcntl(fd, lib.F_ADD_SEALS, seals)
+
+    def advance(self, job: Any, budget_ns: int) -> int:
+        """Runs the engine's loop for about `budget_ns`; lib.SM_OK, lib.SM_MORE or -errno.
+
+        Not an OSError, since the job's cursor is as much the result as the errno.
+        """
+        return int(lib.sm_advance(job, budget_ns))
+
+
+kernel: Calls = Kernel()

@@ -1,0 +1,145 @@
+"""Which bytes of a mapping or file are really there.
+
+No single source is right for every kind of mapping (measured on 6.18):
+mincore says 1 for the anonymous zero page and 0 for fallocated, untouched shmem
+and unmapped hugetlb; SEEK_DATA calls fallocated shmem a hole and all of a hugetlb
+file data.  So each function here says for what it may be believed; `recipes`
+says which one a kind of mapping needs.
+
+All yield maximal, ascending `(offset, length)` runs in bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sparsemem._sys import ffi, lib
+from sparsemem._sys.calls import Calls, check
+from sparsemem._sys.files import PAGE_SIZE
+
+Extent = tuple[int, int]
+
+# Categories of PAGEMAP_SCAN: include/uapi/linux/fs.h, PAGE_IS_*.
+_FILE, _PRESENT, _SWAPPED, _PFNZERO = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+
+_ROOM = 512
+_NOT_THERE = (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def _walk(step: Callable[..., int], start: int, end: int) -> Iterator[Extent]:
+    """Calls a function of the shim until it has walked [start, end), and joins what it yields."""
+    out, n, following = ffi.new("sm_run[]", _ROOM), ffi.new("size_t *"), ffi.new("uint64_t *", start)
+    held: Extent | None = None
+    while following[0] < end:
+        before = following[0]
+        check(step(before, end, out, _ROOM, n, following))
+        if following[0] <= before:
+            raise OSError(errno.EIO, f"the kernel stopped telling at {before:#x} of {end:#x}")
+        for run in out[0 : n[0]]:
+            if held is not None and held[0] + held[1] == run.first:
+                held = (held[0], held[1] + run.count)
+            else:
+                if held is not None:
+                    yield held
+                held = (run.first, run.count)
+    if held is not None:
+        yield held
+
+
+def _page_tables(address: int, length: int, *, shared: bool) -> Iterator[Extent]:
+    """Pages in this process's page tables.
+
+    PAGEMAP_SCAN (6.7) walks 1 TiB with one page in it in 0.04 ms.  Before it,
+    /proc/self/pagemap is read: 2 GiB of it for 1 TiB, and the zero page counts.
+    """
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        what = ffi.new("sm_scan *")
+        what.any_of = _PRESENT | _SWAPPED
+        what.none_of = 0 if shared else _PFNZERO | _FILE
+        found: Iterator[Extent] = _walk(_bind(lib.sm_pagemap_scan, fd, what), address, address + length)
+        try:
+            first = next(found, None)
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+            found = _walk(_bind(lib.sm_pagemap_read, fd, shared), address, address + length)
+            first = next(found, None)
+        if first is not None:
+            yield first[0] - address, first[1]
+        for start, size in found:
+            yield start - address, size
+    finally:
+        os.close(fd)
+
+
+def private_pages(address: int, length: int) -> Iterator[Extent]:
+    """Pages of one's own: present or swapped, neither the zero page nor a file's page.
+
+    For private mappings of every kind.
+    """
+    return _page_tables(address, length, shared=False)
+
+
+def mapped_pages(address: int, length: int) -> Iterator[Extent]:
+    """Pages that are mapped here, of whatever kind.  For shared hugetlb, with the file's total."""
+    return _page_tables(address, length, shared=True)
+
+
+def page_cache(address: int, length: int) -> Iterator[Extent]:
+    """Pages of a shared mapping that are in memory, mapped here or not.
+
+    For shared anonymous memory, which has no descriptor.  Slow where nothing is
+    there (14 s for 1 TiB, measured), and blind for swapped pages.
+    """
+    for start, size in _walk(lib.sm_mincore, address, address + length):
+        yield start - address, size
+
+
+def file_data(calls: Calls, fd: int, start: int, end: int) -> Iterator[Extent]:
+    """What SEEK_DATA calls data.  For shmem (swapped pages included), and disks without FIEMAP."""
+    while start < end:
+        try:
+            data = calls.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data up to the end of the file
+                return
+            raise
+        if data >= end:
+            return
+        hole = min(calls.lseek(fd, data, os.SEEK_HOLE), end)
+        yield data, hole - data
+        start = hole
+
+
+def file_extents(calls: Calls, fd: int, start: int, end: int) -> Iterator[Extent]:
+    """Allocated extents, those without data included.  For disk files."""
+    found = _walk(_bind(lib.sm_fiemap, fd), start, end)
+    try:
+        first = next(found, None)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        yield from file_data(calls, fd, start, end)
+        return
+    if first is not None:
+        yield first
+    yield from found
+
+
+def _bind(function: Any, *bound: Any) -> Callable[..., int]:
+    def call(start: int, end: int, *rest: Any) -> int:
+        return int(function(*bound, start, end, *rest))
+
+    return call
+
+
+def file_total(calls: Calls, fd: int) -> int:
+    """Bytes that the whole file uses, as the file system counts (st_blocks)."""
+    return calls.fstat(fd).st_blocks * 512
+
+
+__all__ = ["PAGE_SIZE", "file_data", "file_extents", "file_total", "mapped_pages", "page_cache", "private_pages"]

@@ -1,0 +1,294 @@
+/*
+ * Bitmaps of 64-bit words, and runs.
+ *
+ * The words are little-endian on every machine, so that the bytes of a map are
+ * in little-endian bit order (block n is bit n % 8 of byte n / 8) and Python
+ * can share them.  Nothing here locks or allocates but sm_bits_new().
+ */
+#define _GNU_SOURCE
+#include <endian.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "internal.h"
+
+#define WORD_BITS 64u
+#define ALL_ONES (~(uint64_t)0)
+
+static uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* Bits [low, high) of one word, 0 <= low < high <= 64. */
+static uint64_t mask_of(unsigned low, unsigned high)
+{
+    uint64_t upto = high == WORD_BITS ? ALL_ONES : ((uint64_t)1 << high) - 1;
+    return upto & (ALL_ONES << low);
+}
+
+static uint64_t map_bytes(uint64_t nbits)
+{
+    uint64_t bytes = (nbits + WORD_BITS - 1) / WORD_BITS * sizeof(uint64_t);
+    return bytes ? bytes : sizeof(uint64_t);
+}
+
+/* Anonymous memory costs nothing until a page of it is touched: the map of
+ * 64 TiB is made at once and a map nobody writes to stays free. */
+uint64_t *sm_bits_new(uint64_t nbits)
+{
+    void *words = mmap(NULL, map_bytes(nbits), PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return words == MAP_FAILED ? NULL : words;
+}
+
+void sm_bits_free(uint64_t *words, uint64_t nbits)
+{
+    if (words)
+        munmap(words, map_bytes(nbits));
+}
+
+void sm_bits_fill(uint64_t *words, uint64_t first, uint64_t count, int value)
+{
+    uint64_t end = first + count;
+
+    while (first < end) {
+        unsigned low = first % WORD_BITS;
+        unsigned high = (unsigned)min_u64(WORD_BITS, low + (end - first));
+        uint64_t mask = htole64(mask_of(low, high));
+
+        if (value)
+            words[first / WORD_BITS] |= mask;
+        else
+            words[first / WORD_BITS] &= ~mask;
+        first += high - low;
+    }
+}
+
+uint64_t sm_bits_count(const uint64_t *words, uint64_t first, uint64_t count)
+{
+    uint64_t end = first + count, total = 0;
+
+    while (first < end) {
+        unsigned low = first % WORD_BITS;
+        unsigned high = (unsigned)min_u64(WORD_BITS, low + (end - first));
+
+        total += (unsigned)__builtin_popcountll(words[first / WORD_BITS] &
+                                                htole64(mask_of(low, high)));
+        first += high - low;
+    }
+    return total;
+}
+
+/* One word of the union; for value 0 its complement, so that a search always
+ * looks for ones. */
+static uint64_t word_of(const bits_any *bits, uint64_t index, int value)
+{
+    uint64_t word = bits->map[0][index];
+
+    for (int i = 1; i < bits->n; i++)
+        word |= bits->map[i][index];
+    word = le64toh(word);
+    return value ? word : ~word;
+}
+
+/* The first bit of that value in [from, to), or to. */
+uint64_t bits_any_next(const bits_any *bits, uint64_t from, uint64_t to, int value)
+{
+    if (from >= to)
+        return to;
+
+    uint64_t index = from / WORD_BITS, last = (to - 1) / WORD_BITS;
+    uint64_t word = word_of(bits, index, value) & (ALL_ONES << from % WORD_BITS);
+
+    while (!word) {
+        if (index == last)
+            return to;
+        word = word_of(bits, ++index, value);
+    }
+    return min_u64(to, index * WORD_BITS + (unsigned)__builtin_ctzll(word));
+}
+
+/* One past the last bit of that value in [from, to), or from. */
+static uint64_t previous_end(const bits_any *bits, uint64_t from, uint64_t to, int value)
+{
+    if (from >= to)
+        return from;
+
+    uint64_t index = (to - 1) / WORD_BITS, first = from / WORD_BITS;
+    uint64_t word = word_of(bits, index, value) & mask_of(0, (unsigned)((to - 1) % WORD_BITS) + 1);
+
+    while (!word) {
+        if (index == first)
+            return from;
+        word = word_of(bits, --index, value);
+    }
+    uint64_t end = index * WORD_BITS + WORD_BITS - (unsigned)__builtin_clzll(word);
+    return end > from ? end : from;
+}
+
+uint64_t sm_bits_next(const uint64_t *words, uint64_t from, uint64_t to, int value)
+{
+    bits_any bits = {{words}, 1};
+    return bits_any_next(&bits, from, to, value);
+}
+
+/* Up to capacity maximal runs of that value in [from, to).  *next is where to
+ * go on, `to` when there are no more. */
+size_t bits_any_runs(const bits_any *bits, uint64_t from, uint64_t to, int value,
+                     sm_run *out, size_t capacity, uint64_t *next)
+{
+    size_t n = 0;
+
+    while (n < capacity) {
+        uint64_t first = bits_any_next(bits, from, to, value);
+        if (first == to) {
+            from = to;
+            break;
+        }
+        from = bits_any_next(bits, first, to, !value);
+        out[n++] = (sm_run){first, from - first};
+    }
+    *next = from;
+    return n;
+}
+
+size_t sm_bits_runs(const uint64_t *words, uint64_t from, uint64_t to, int value,
+                    sm_run *out, size_t capacity, uint64_t *next)
+{
+    bits_any bits = {{words}, 1};
+    return bits_any_runs(&bits, from, to, value, out, capacity, next);
+}
+
+/*
+ * First and last fit look at the far end of the window first: if the last bit
+ * in it is taken, the window can jump past it at once, and no bit is looked at
+ * twice.
+ */
+static int find_first(const bits_any *bits, uint64_t nbits, uint64_t count, uint64_t align,
+                      uint64_t *where)
+{
+    uint64_t start = 0;
+
+    for (;;) {
+        start = bits_any_next(bits, start, nbits, 0);
+        uint64_t over = start % align;
+        if (over) {
+            if (nbits - start < align - over)
+                return SM_NOFIT;
+            start += align - over;
+        }
+        if (nbits - start < count)
+            return SM_NOFIT;
+        uint64_t taken = previous_end(bits, start, start + count, 1);
+        if (taken == start) {
+            *where = start;
+            return SM_OK;
+        }
+        start = taken;
+    }
+}
+
+static int find_last(const bits_any *bits, uint64_t nbits, uint64_t count, uint64_t align,
+                     uint64_t *where)
+{
+    uint64_t end = nbits;
+
+    for (;;) {
+        end = previous_end(bits, 0, end, 0);
+        if (end < count)
+            return SM_NOFIT;
+        uint64_t start = (end - count) / align * align;
+        uint64_t taken = bits_any_next(bits, start, start + count, 1);
+        if (taken == start + count) {
+            *where = start;
+            return SM_OK;
+        }
+        end = taken;
+    }
+}
+
+/* The smallest run that an aligned start fits into; the lowest of equals. */
+static int find_best(const bits_any *bits, uint64_t nbits, uint64_t count, uint64_t align,
+                     uint64_t *where)
+{
+    uint64_t from = 0, best = ALL_ONES;
+    sm_run run;
+
+    while (best != count && bits_any_runs(bits, from, nbits, 0, &run, 1, &from)) {
+        uint64_t skip = (align - run.first % align) % align;
+        if (run.count < best && run.count >= skip && run.count - skip >= count) {
+            best = run.count;
+            *where = run.first + skip;
+        }
+    }
+    return best == ALL_ONES ? SM_NOFIT : SM_OK;
+}
+
+int bits_any_find(const bits_any *bits, uint64_t nbits, uint64_t count, uint64_t align,
+                  int fit, uint64_t *where)
+{
+    if (count == 0 || count > nbits || align == 0)
+        return SM_NOFIT;
+    switch (fit) {
+    case SM_FIRST: return find_first(bits, nbits, count, align, where);
+    case SM_LAST:  return find_last(bits, nbits, count, align, where);
+    default:       return find_best(bits, nbits, count, align, where);
+    }
+}
+
+int sm_bits_find(const uint64_t *words, uint64_t nbits, uint64_t count, uint64_t align,
+                 int fit, uint64_t *where)
+{
+    bits_any bits = {{words}, 1};
+    return bits_any_find(&bits, nbits, count, align, fit, where);
+}
+
+/* ---- runs ------------------------------------------------------------------- */
+
+static int by_first(const void *a, const void *b)
+{
+    const sm_run *x = a, *y = b;
+    return x->first < y->first ? -1 : x->first > y->first;
+}
+
+/*
+ * Checks runs in any order and makes them ascending and maximal (neighbours
+ * that touch become one), so that everything after this may rely on it.  On an
+ * error *bad is the offending run; the array may be left sorted.
+ */
+int sm_runs_normalise(sm_run *runs, size_t *nruns, uint64_t limit, sm_run *bad)
+{
+    int sorted = 1;
+
+    for (size_t i = 0; i < *nruns; i++) {
+        *bad = runs[i];
+        if (runs[i].count == 0)
+            return SM_EMPTY;
+        if (runs[i].first >= limit || runs[i].count > limit - runs[i].first)
+            return SM_RANGE;
+        sorted &= i == 0 || runs[i - 1].first < runs[i].first;
+    }
+    if (!sorted)
+        qsort(runs, *nruns, sizeof *runs, by_first);
+
+    size_t kept = 0;
+    for (size_t i = 0; i < *nruns; i++) {
+        if (kept && runs[kept - 1].first + runs[kept - 1].count > runs[i].first) {
+            *bad = runs[i];
+            return SM_OVERLAP;
+        }
+        if (kept && runs[kept - 1].first + runs[kept - 1].count == runs[i].first)
+            runs[kept - 1].count += runs[i].count;
+        else
+            runs[kept++] = runs[i];
+    }
+    *nruns = kept;
+    return SM_OK;
+}
+
+uint64_t sm_runs_total(const sm_run *runs, size_t nruns)
+{
+    uint64_t total = 0;
+
+    for (size_t i = 0; i < nruns; i++)
+        total += runs[i].count;
+    return total;
+}

@@ -1,0 +1,602 @@
+/*
+ * The block map: which blocks are plugged, busy and tainted, who holds which,
+ * and which are pinned by views.  It touches no memory but its own.
+ *
+ * One mutex guards all of it and is only ever held inside one of these
+ * functions, so it is never held while Python code runs: a finaliser in
+ * garbage collection can take it, and a KeyboardInterrupt sees either nothing
+ * or all of what a function does.
+ *
+ * An operation takes a *claim* on all its blocks (they become busy), works
+ * without the mutex, and finishes the claim in one call, which sets what came
+ * of it and gives the blocks back.  Overlapping claims wait, disjoint ones do
+ * not see each other.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "internal.h"
+
+struct sm_blocks {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;         /* a claim was finished                     */
+    uint64_t nblocks, block_size;
+    uint64_t *plugged, *busy, *tainted;
+    uint64_t nplugged, ntainted, nbusy;
+    int state;                      /* SM_OK, SM_CLOSED or SM_FORKED            */
+    sm_claim *claims;               /* the open ones                            */
+    sm_claim *exclusive;            /* a whole claim keeps all others out       */
+    unsigned waiting_for_all;       /* and so does a thread that waits for one  */
+    sm_pin *pins;
+    sm_budget *budget;
+    uint64_t *discarded;            /* pages discarded inside plugged blocks    */
+    uint64_t pages_per_block;       /*   (a map that is made when one first is) */
+};
+
+static int init_sync(sm_blocks *b)
+{
+    pthread_condattr_t attributes;
+    int error = pthread_mutex_init(&b->mutex, NULL);
+
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    error |= pthread_cond_init(&b->changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+    return error;
+}
+
+void sm_blocks_free(sm_blocks *b)
+{
+    if (!b)
+        return;
+    /* Claims and pins belong to their holders, who drop them later. */
+    for (sm_claim *claim = b->claims; claim; claim = claim->next)
+        claim->blocks = NULL;
+    for (sm_pin *pin = b->pins; pin; pin = pin->next)
+        pin->blocks = NULL;
+    sm_bits_free(b->plugged, b->nblocks);
+    sm_bits_free(b->busy, b->nblocks);
+    sm_bits_free(b->tainted, b->nblocks);
+    sm_bits_free(b->discarded, b->nblocks * b->pages_per_block);
+    free(b);
+}
+
+sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_size)
+{
+    sm_blocks *b = calloc(1, sizeof *b);
+
+    if (!b)
+        return NULL;
+    b->nblocks = nblocks;
+    b->block_size = block_size;
+    b->pages_per_block = block_size / page_size;
+    b->plugged = sm_bits_new(nblocks);
+    b->busy = sm_bits_new(nblocks);
+    b->tainted = sm_bits_new(nblocks);
+    if (!b->plugged || !b->busy || !b->tainted || init_sync(b)) {
+        sm_blocks_free(b);
+        return NULL;
+    }
+    return b;
+}
+
+static void lock(sm_blocks *b) { pthread_mutex_lock(&b->mutex); }
+static void unlock(sm_blocks *b) { pthread_mutex_unlock(&b->mutex); }
+
+void sm_blocks_set_budget(sm_blocks *b, sm_budget *budget)
+{
+    lock(b);
+    b->budget = budget;
+    unlock(b);
+}
+
+/* ---- reading ------------------------------------------------------------------ */
+
+const uint64_t *sm_blocks_plugged(const sm_blocks *b) { return b->plugged; }
+
+static const uint64_t *map_of(const sm_blocks *b, int which)
+{
+    return which == SM_MAP_PLUGGED ? b->plugged : which == SM_MAP_BUSY ? b->busy : b->tainted;
+}
+
+int sm_blocks_state(sm_blocks *b) { return __atomic_load_n(&b->state, __ATOMIC_RELAXED); }
+
+void sm_blocks_counts(sm_blocks *b, sm_counts *out)
+{
+    lock(b);
+    *out = (sm_counts){b->nplugged, b->ntainted, b->nbusy, 0, 0};
+    for (sm_pin *pin = b->pins; pin; pin = pin->next)
+        out->pins++;
+    for (sm_claim *claim = b->claims; claim; claim = claim->next)
+        out->claims++;
+    unlock(b);
+}
+
+uint64_t sm_blocks_count(sm_blocks *b, int which, uint64_t first, uint64_t count)
+{
+    lock(b);
+    uint64_t n = sm_bits_count(map_of(b, which), first, count);
+    unlock(b);
+    return n;
+}
+
+size_t sm_blocks_runs(sm_blocks *b, int which, int value, uint64_t from, uint64_t to,
+                      sm_run *out, size_t capacity, uint64_t *next)
+{
+    lock(b);
+    size_t n = sm_bits_runs(map_of(b, which), from, to, value, out, capacity, next);
+    unlock(b);
+    return n;
+}
+
+/* What may be plugged now: neither plugged nor in somebody's hands nor tainted.
+ * The empty maps are left out, for they would only be read. */
+static bits_any taken(const sm_blocks *b)
+{
+    bits_any bits = {{b->plugged}, 1};
+
+    if (b->nbusy)
+        bits.map[bits.n++] = b->busy;
+    if (b->ntainted)
+        bits.map[bits.n++] = b->tainted;
+    return bits;
+}
+
+int sm_blocks_find(sm_blocks *b, uint64_t count, uint64_t align, int fit, uint64_t *where)
+{
+    lock(b);
+    bits_any bits = taken(b);
+    int code = bits_any_find(&bits, b->nblocks, count, align, fit, where);
+    unlock(b);
+    return code;
+}
+
+/* ---- the budget --------------------------------------------------------------- */
+
+static int budget_charge(sm_budget *budget, uint64_t bytes)
+{
+    uint64_t used = __atomic_load_n(&budget->used, __ATOMIC_RELAXED);
+
+    do {
+        uint64_t limit = __atomic_load_n(&budget->limit, __ATOMIC_RELAXED);
+        if (used > limit || bytes > limit - used)
+            return SM_BUDGET;
+    } while (!__atomic_compare_exchange_n(&budget->used, &used, used + bytes, 0,
+                                          __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+    return SM_OK;
+}
+
+/* Unsigned arithmetic wraps, so a negative delta is given back. */
+static void budget_settle(sm_blocks *b, uint64_t delta)
+{
+    if (b->budget && delta)
+        __atomic_add_fetch(&b->budget->used, delta, __ATOMIC_ACQ_REL);
+}
+
+/* ---- maps and their counters --------------------------------------------------- */
+
+static void fill(uint64_t *map, uint64_t *counter, const sm_run *runs, size_t n, int value)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint64_t set = sm_bits_count(map, runs[i].first, runs[i].count);
+
+        sm_bits_fill(map, runs[i].first, runs[i].count, value);
+        *counter += (value ? runs[i].count : 0) - set;
+    }
+}
+
+/* ---- discarded pages ------------------------------------------------------------ */
+
+/* Pages that were discarded inside plugged blocks, for the audit. */
+int sm_blocks_mark_pages(sm_blocks *b, uint64_t first, uint64_t count, int discarded)
+{
+    int code = SM_OK;
+
+    lock(b);
+    if (discarded && !b->discarded) {
+        b->discarded = sm_bits_new(b->nblocks * b->pages_per_block);
+        code = b->discarded ? SM_OK : SM_NOMEM;
+    }
+    if (b->discarded)
+        sm_bits_fill(b->discarded, first, count, discarded);
+    unlock(b);
+    return code;
+}
+
+size_t sm_blocks_discarded_runs(sm_blocks *b, uint64_t from, uint64_t to, sm_run *out,
+                                size_t capacity, uint64_t *next)
+{
+    size_t n = 0;
+
+    lock(b);
+    *next = to;
+    if (b->discarded)
+        n = sm_bits_runs(b->discarded, from, to, 1, out, capacity, next);
+    unlock(b);
+    return n;
+}
+
+/* A block that changes hands starts with no page discarded. */
+static void forget_discarded(sm_blocks *b, const sm_run *runs, size_t n)
+{
+    for (size_t i = 0; b->discarded && i < n; i++)
+        sm_bits_fill(b->discarded, runs[i].first * b->pages_per_block,
+                     runs[i].count * b->pages_per_block, 0);
+}
+
+/* Blocks that start out plugged; before anything else uses the map. */
+int sm_blocks_adopt(sm_blocks *b, const sm_run *runs, size_t nruns)
+{
+    int code = SM_OK;
+
+    lock(b);
+    if (b->budget)
+        code = budget_charge(b->budget, sm_runs_total(runs, nruns) * b->block_size);
+    if (code == SM_OK)
+        fill(b->plugged, &b->nplugged, runs, nruns, 1);
+    unlock(b);
+    return code;
+}
+
+/* ---- claims ------------------------------------------------------------------- */
+
+sm_claim *sm_claim_new(const sm_run *runs, size_t nruns)
+{
+    sm_claim *claim = calloc(1, sizeof *claim + nruns * sizeof *runs);
+
+    if (claim) {
+        claim->nruns = nruns;
+        if (runs)
+            memcpy(claim->runs, runs, nruns * sizeof *runs);
+    }
+    return claim;
+}
+
+static int runs_overlap(const sm_run *a, size_t na, const sm_run *b, size_t nb)
+{
+    for (size_t i = 0, j = 0; i < na && j < nb;) {
+        if (a[i].first + a[i].count <= b[j].first)
+            i++;
+        else if (b[j].first + b[j].count <= a[i].first)
+            j++;
+        else
+            return 1;
+    }
+    return 0;
+}
+
+/* Whether this thread itself holds what it asks for: it would wait for ever. */
+static int held_by_self(const sm_blocks *b, uint64_t owner, const sm_run *runs, size_t nruns,
+                        int whole)
+{
+    for (const sm_claim *held = b->claims; held; held = held->next)
+        if (held->owner == owner &&
+            (whole || held->whole || runs_overlap(held->runs, held->nruns, runs, nruns)))
+            return 1;
+    return 0;
+}
+
+static int any_busy(const sm_blocks *b, const sm_run *runs, size_t nruns)
+{
+    if (b->nbusy == 0)
+        return 0;
+    for (size_t i = 0; i < nruns; i++) {
+        uint64_t end = runs[i].first + runs[i].count;
+        if (sm_bits_next(b->busy, runs[i].first, end, 1) != end)
+            return 1;
+    }
+    return 0;
+}
+
+static struct timespec deadline_in(unsigned ms)
+{
+    struct timespec at;
+
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    at.tv_sec += ms / 1000;
+    at.tv_nsec += (long)(ms % 1000) * 1000000;
+    if (at.tv_nsec >= 1000000000) {
+        at.tv_sec++;
+        at.tv_nsec -= 1000000000;
+    }
+    return at;
+}
+
+/* With the mutex held: waits until nobody holds the blocks (or, for whole,
+ * any block), at most so long, so that Python gets to see signals. */
+static int await_blocks(sm_blocks *b, uint64_t owner, const sm_run *runs, size_t nruns,
+                        int whole, unsigned wait_ms)
+{
+    struct timespec until = deadline_in(wait_ms);
+    int code = SM_OK;
+
+    b->waiting_for_all += (unsigned)whole;
+    for (;;) {
+        if (b->state != SM_OK) {
+            code = b->state;
+            break;
+        }
+        int held = whole ? b->claims != NULL
+                         : b->exclusive || any_busy(b, runs, nruns);
+        if (held && held_by_self(b, owner, runs, nruns, whole)) {
+            code = SM_SELF;
+            break;
+        }
+        /* A close that waits goes before new work, or busy threads could keep
+         * it waiting for ever; but not before work that one who is already in
+         * starts from a listener. */
+        if (!held && (whole || !b->waiting_for_all || held_by_self(b, owner, NULL, 0, 1)))
+            break;
+        if (pthread_cond_timedwait(&b->changed, &b->mutex, &until)) {
+            code = SM_BUSY;
+            break;
+        }
+    }
+    if (whole && --b->waiting_for_all == 0 && code != SM_OK)
+        pthread_cond_broadcast(&b->changed);
+    return code;
+}
+
+static int check_state(const sm_blocks *b, const sm_run *run, int want, int strict,
+                       uint64_t *where)
+{
+    uint64_t end = run->first + run->count;
+
+    if (want == SM_TO_PLUGGED || want == SM_WITHIN_PLUGGED) {
+        *where = sm_bits_next(b->tainted, run->first, end, 1);
+        if (*where != end)
+            return SM_TAINTED;
+    }
+    if (want == SM_TAINTED_ONLY) {
+        *where = sm_bits_next(b->tainted, run->first, end, 0);
+        return *where == end ? SM_OK : SM_STATE;
+    }
+    if (strict) {
+        *where = sm_bits_next(b->plugged, run->first, end, want == SM_TO_PLUGGED);
+        if (*where != end)
+            return SM_STATE;
+    }
+    return SM_OK;
+}
+
+static int check_pins(const sm_blocks *b, const sm_claim *claim, uint64_t *where)
+{
+    for (const sm_pin *pin = b->pins; pin; pin = pin->next)
+        if (claim->whole ||
+            (pin->run.count && runs_overlap(&pin->run, 1, claim->runs, claim->nruns))) {
+            *where = pin->run.first;
+            return SM_PINNED;
+        }
+    return SM_OK;
+}
+
+static void take(sm_blocks *b, sm_claim *claim, uint64_t owner)
+{
+    claim->owner = owner;
+    claim->charged = 0;
+    claim->blocks = b;
+    claim->next = b->claims;
+    b->claims = claim;
+    if (claim->whole)
+        b->exclusive = claim;
+    else
+        fill(b->busy, &b->nbusy, claim->runs, claim->nruns, 1);
+}
+
+/*
+ * Claims all of the claim's runs for the change that is wanted, or nothing.
+ * Everything that can be known beforehand is checked here, under the mutex and
+ * before any block becomes busy: state (strict: no block may be in the target
+ * state already), taint, pins.  `where` is the first block that is in the way.
+ */
+int sm_claim_take(sm_blocks *b, sm_claim *claim, int want, int strict, uint64_t owner,
+                  unsigned wait_ms, uint64_t *where)
+{
+    claim->whole = want == SM_WHOLE;
+    lock(b);
+    int code = await_blocks(b, owner, claim->runs, claim->nruns, claim->whole, wait_ms);
+    for (size_t i = 0; code == SM_OK && !claim->whole && i < claim->nruns; i++)
+        code = check_state(b, &claim->runs[i], want, strict, where);
+    /* strict means something else for the whole: refuse while views live. */
+    if (code == SM_OK && (want == SM_TO_UNPLUGGED || want == SM_TAINTED_ONLY ||
+                          (want == SM_WHOLE && strict)))
+        code = check_pins(b, claim, where);
+    if (code == SM_OK)
+        take(b, claim, owner);
+    if (code != SM_OK && claim->whole)
+        pthread_cond_broadcast(&b->changed);
+    unlock(b);
+    return code;
+}
+
+/* Finds a run that can be plugged and claims it, with nobody in between. */
+int sm_claim_take_fit(sm_blocks *b, sm_claim *claim, uint64_t count, uint64_t align, int fit,
+                      uint64_t owner, unsigned wait_ms)
+{
+    lock(b);
+    int code = await_blocks(b, owner, NULL, 0, 0, wait_ms);
+    if (code == SM_OK) {
+        bits_any bits = taken(b);
+        claim->runs[0].count = count;
+        code = bits_any_find(&bits, b->nblocks, count, align, fit, &claim->runs[0].first);
+    }
+    if (code == SM_OK)
+        take(b, claim, owner);
+    unlock(b);
+    return code;
+}
+
+/* The parts of a claim's runs whose bit in a map has that value: stable, since
+ * nobody else changes claimed blocks.  Returns how many there are, which may be
+ * more than fit into out. */
+size_t sm_claim_select(sm_claim *claim, int which, int value, sm_run *out, size_t capacity)
+{
+    sm_blocks *b = claim->blocks;
+    size_t n = 0;
+
+    lock(b);
+    for (size_t i = 0; i < claim->nruns; i++) {
+        uint64_t from = claim->runs[i].first, end = from + claim->runs[i].count;
+        sm_run run;
+
+        while (sm_bits_runs(map_of(b, which), from, end, value, &run, 1, &from)) {
+            if (n < capacity)
+                out[n] = run;
+            n++;
+        }
+    }
+    unlock(b);
+    return n;
+}
+
+int sm_claim_charge(sm_claim *claim, uint64_t bytes)
+{
+    sm_blocks *b = claim->blocks;
+    int code = b->budget ? budget_charge(b->budget, bytes) : SM_OK;
+
+    if (code == SM_OK && b->budget)
+        claim->charged += bytes;
+    return code;
+}
+
+static void release(sm_blocks *b, sm_claim *claim)
+{
+    sm_claim **link = &b->claims;
+
+    while (*link != claim)
+        link = &(*link)->next;
+    *link = claim->next;
+    if (claim->whole)
+        b->exclusive = NULL;
+    else
+        fill(b->busy, &b->nbusy, claim->runs, claim->nruns, 0);
+    claim->blocks = NULL;
+    pthread_cond_broadcast(&b->changed);
+}
+
+/*
+ * Ends a claim: sets what came of the operation and frees the blocks, all at
+ * once.  With no outcome the state is as before.  Returns the number of blocks
+ * that changed between plugged and unplugged.  Ending an ended claim is harmless.
+ */
+uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *o, int close_map)
+{
+    sm_blocks *b = claim->blocks;
+
+    if (!b)
+        return 0;
+    lock(b);
+    uint64_t before = b->nplugged, up = 0;
+    if (o) {
+        fill(b->plugged, &b->nplugged, o->plugged, o->nplugged, 1);
+        up = b->nplugged - before;
+        fill(b->plugged, &b->nplugged, o->unplugged, o->nunplugged, 0);
+        fill(b->tainted, &b->ntainted, o->tainted, o->ntainted, 1);
+        fill(b->tainted, &b->ntainted, o->healed, o->nhealed, 0);
+        forget_discarded(b, o->plugged, o->nplugged);
+        forget_discarded(b, o->unplugged, o->nunplugged);
+    }
+    uint64_t down = before + up - b->nplugged;
+    budget_settle(b, (up - down) * b->block_size - claim->charged);
+    claim->charged = 0;
+    if (close_map) {
+        budget_settle(b, -(b->nplugged * b->block_size));
+        b->state = SM_CLOSED;
+    }
+    release(b, claim);
+    unlock(b);
+    return up + down;
+}
+
+/*
+ * The holder is gone.  An open claim then means that its operation was cut off
+ * twice (an interrupt in the handling of an interrupt): what its blocks hold is
+ * unknown, which is what tainted says, and scrub() mends.
+ */
+void sm_claim_drop(sm_claim *claim)
+{
+    if (claim && claim->blocks) {
+        sm_outcome cut_off = {.tainted = claim->runs, .ntainted = claim->nruns};
+        sm_claim_finish(claim, &cut_off, 0);
+    }
+    free(claim);
+}
+
+/* ---- pins --------------------------------------------------------------------- */
+
+/* A view of plugged blocks, or with count 0 of everything, which holds off
+ * close but not unplug.  Taking and dropping are single calls on an object that
+ * exists before and after, so an interrupt cannot lose a pin. */
+sm_pin *sm_pin_new(uint64_t first, uint64_t count)
+{
+    sm_pin *pin = calloc(1, sizeof *pin);
+
+    if (pin)
+        pin->run = (sm_run){first, count};
+    return pin;
+}
+
+int sm_pin_take(sm_blocks *b, sm_pin *pin, uint64_t owner, unsigned wait_ms, uint64_t *where)
+{
+    lock(b);
+    int code = await_blocks(b, owner, &pin->run, pin->run.count ? 1 : 0, 0, wait_ms);
+    if (code == SM_OK && pin->run.count)
+        code = check_state(b, &pin->run, SM_WITHIN_PLUGGED, 1, where);
+    if (code == SM_OK) {
+        pin->blocks = b;
+        pin->next = b->pins;
+        pin->link = &b->pins;
+        if (pin->next)
+            pin->next->link = &pin->next;
+        b->pins = pin;
+    }
+    unlock(b);
+    return code;
+}
+
+void sm_pin_drop(sm_pin *pin)
+{
+    sm_blocks *b = pin->blocks;
+
+    if (b) {
+        lock(b);
+        *pin->link = pin->next;
+        if (pin->next)
+            pin->next->link = pin->link;
+        unlock(b);
+    }
+    free(pin);
+}
+
+/* ---- fork --------------------------------------------------------------------- */
+
+/* fork() copies the mutex as it is: held by us it is at least consistent. */
+void sm_blocks_before_fork(sm_blocks *b) { lock(b); }
+
+void sm_blocks_after_fork(sm_blocks *b, int child, int refuse, uint64_t owner)
+{
+    if (!child) {
+        unlock(b);
+        return;
+    }
+    /* Only the forking thread lives on.  What the others had in hand is in an
+     * unknown state here. */
+    init_sync(b);
+    b->waiting_for_all = 0;
+    for (sm_claim *claim = b->claims, *next; claim; claim = next) {
+        next = claim->next;
+        if (claim->owner != owner) {
+            fill(b->tainted, &b->ntainted, claim->runs, claim->nruns, 1);
+            release(b, claim);
+        }
+    }
+    /* The budget is counted by the parent; this copy of it counts nothing. */
+    if (refuse) {
+        b->budget = NULL;
+        if (b->state == SM_OK)
+            b->state = SM_FORKED;
+    }
+}

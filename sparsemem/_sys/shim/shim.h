@@ -1,0 +1,188 @@
+/*
+ * Everything that Python sees of the shim.
+ *
+ * This file is read twice: by the C compiler and, as it stands, by cffi's
+ * cdef() in ../_build.py.  So it holds plain declarations only and no
+ * preprocessor line; types come from whoever includes it.
+ *
+ * Conventions: functions return 0 or a positive SM_ code, or -errno.  No
+ * function calls back into Python, so the GIL is free while any of them runs,
+ * and a mutex that they hold is never held while Python code runs.
+ */
+
+/* ---- runs: ascending, disjoint (first, count) pairs in units ---------------- */
+
+typedef struct {
+    uint64_t first;
+    uint64_t count;
+} sm_run;
+
+enum {
+    SM_OK = 0,
+    SM_MORE,        /* the time slice is used up: call again            */
+    SM_BUSY,        /* another operation holds the blocks: call again   */
+    SM_SELF,        /* this very thread holds them: waiting would hang  */
+    SM_STATE,       /* a block is already in the target state           */
+    SM_TAINTED,     /* a block is tainted                               */
+    SM_PINNED,      /* a view is alive                                  */
+    SM_CLOSED,
+    SM_FORKED,
+    SM_NOFIT,       /* no such run of free blocks                       */
+    SM_NOMEM,       /* malloc failed                                    */
+    SM_EMPTY,       /* a run with count 0                               */
+    SM_RANGE,       /* a run beyond the end                             */
+    SM_OVERLAP,     /* two runs overlap                                 */
+    SM_BUDGET       /* the budget does not cover it                     */
+};
+
+int sm_runs_normalise(sm_run *runs, size_t *nruns, uint64_t limit, sm_run *bad);
+uint64_t sm_runs_total(const sm_run *runs, size_t nruns);
+
+/* ---- bits: a bitmap in little-endian bit order ---------------------------- */
+
+enum { SM_FIRST, SM_LAST, SM_BEST };
+
+uint64_t *sm_bits_new(uint64_t nbits);
+void sm_bits_free(uint64_t *words, uint64_t nbits);
+void sm_bits_fill(uint64_t *words, uint64_t first, uint64_t count, int value);
+uint64_t sm_bits_count(const uint64_t *words, uint64_t first, uint64_t count);
+uint64_t sm_bits_next(const uint64_t *words, uint64_t from, uint64_t to, int value);
+size_t sm_bits_runs(const uint64_t *words, uint64_t from, uint64_t to, int value,
+                    sm_run *out, size_t capacity, uint64_t *next);
+int sm_bits_find(const uint64_t *words, uint64_t nbits, uint64_t count, uint64_t align,
+                 int fit, uint64_t *where);
+
+/* ---- budget: bytes shared by several block maps ---------------------------- */
+
+typedef struct {
+    uint64_t limit;
+    uint64_t used;
+} sm_budget;
+
+/* ---- blocks: plugged, busy and tainted, with claims and pins ------------------ */
+
+enum { SM_TO_PLUGGED, SM_TO_UNPLUGGED, SM_WITHIN_PLUGGED, SM_TAINTED_ONLY, SM_WHOLE };
+
+typedef struct sm_blocks sm_blocks;
+
+typedef struct sm_claim {
+    struct sm_claim *next;
+    sm_blocks *blocks;      /* set while the claim is open              */
+    uint64_t owner;         /* the thread that took it                  */
+    uint64_t charged;       /* bytes already taken from the budget      */
+    int whole;              /* holds every block, and keeps all out     */
+    size_t nruns;
+    sm_run runs[];
+} sm_claim;
+
+typedef struct {            /* what an operation has come to            */
+    const sm_run *plugged, *unplugged, *tainted, *healed;
+    size_t nplugged, nunplugged, ntainted, nhealed;
+} sm_outcome;
+
+typedef struct {
+    uint64_t plugged, tainted, busy, pins, claims;
+} sm_counts;
+
+sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_size);
+void sm_blocks_free(sm_blocks *blocks);
+void sm_blocks_set_budget(sm_blocks *blocks, sm_budget *budget);
+const uint64_t *sm_blocks_plugged(const sm_blocks *blocks);
+void sm_blocks_counts(sm_blocks *blocks, sm_counts *out);
+uint64_t sm_blocks_count(sm_blocks *blocks, int which, uint64_t first, uint64_t count);
+size_t sm_blocks_runs(sm_blocks *blocks, int which, int value, uint64_t from, uint64_t to,
+                      sm_run *out, size_t capacity, uint64_t *next);
+int sm_blocks_find(sm_blocks *blocks, uint64_t count, uint64_t align, int fit, uint64_t *where);
+int sm_blocks_mark_pages(sm_blocks *blocks, uint64_t first, uint64_t count, int discarded);
+size_t sm_blocks_discarded_runs(sm_blocks *blocks, uint64_t from, uint64_t to, sm_run *out,
+                                size_t capacity, uint64_t *next);
+int sm_blocks_adopt(sm_blocks *blocks, const sm_run *runs, size_t nruns);
+void sm_blocks_before_fork(sm_blocks *blocks);
+void sm_blocks_after_fork(sm_blocks *blocks, int child, int refuse, uint64_t owner);
+int sm_blocks_state(sm_blocks *blocks);
+
+enum { SM_MAP_PLUGGED, SM_MAP_BUSY, SM_MAP_TAINTED };
+
+sm_claim *sm_claim_new(const sm_run *runs, size_t nruns);
+void sm_claim_drop(sm_claim *claim);
+int sm_claim_take(sm_blocks *blocks, sm_claim *claim, int want, int strict, uint64_t owner,
+                  unsigned wait_ms, uint64_t *where);
+int sm_claim_take_fit(sm_blocks *blocks, sm_claim *claim, uint64_t count, uint64_t align,
+                      int fit, uint64_t owner, unsigned wait_ms);
+size_t sm_claim_select(sm_claim *claim, int which, int value, sm_run *out, size_t capacity);
+int sm_claim_charge(sm_claim *claim, uint64_t bytes);
+uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *outcome, int close_map);
+
+typedef struct sm_pin {      /* one view: its blocks, or all with count 0 */
+    struct sm_pin *next, **link;
+    sm_blocks *blocks;      /* set while pinned                         */
+    sm_run run;
+} sm_pin;
+
+sm_pin *sm_pin_new(uint64_t first, uint64_t count);
+int sm_pin_take(sm_blocks *blocks, sm_pin *pin, uint64_t owner, unsigned wait_ms, uint64_t *where);
+void sm_pin_drop(sm_pin *pin);
+
+/* ---- engine: runs in chunks, resumable ------------------------------------- */
+
+enum {                      /* the steps that recipes are made of       */
+    SM_STEP_DONTNEED = 1, SM_STEP_REMOVE, SM_STEP_PUNCH, SM_STEP_FALLOCATE,
+    SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO, SM_STEP_COUNT
+};
+
+typedef struct {            /* a fault for tests: the nth call of one step fails */
+    unsigned step;
+    uint64_t nth;           /* 1 is the first call from now             */
+    uint64_t repeat;        /* how many calls fail from there on        */
+    uint64_t after;         /* bytes really done before it fails        */
+    int error;              /* the errno                                */
+} sm_fault;
+
+typedef struct {
+    char *base;             /* address of offset 0                      */
+    int fd;                 /* or -1; file offset 0 is base             */
+    uint64_t page;          /* the mapping's page size                  */
+    uint64_t chunk;         /* bytes a system call at most              */
+    unsigned shift;         /* a unit of the runs is 1 << shift bytes   */
+    const sm_run *runs;
+    size_t nruns;
+    size_t run;             /* the cursor: which run,                   */
+    uint64_t done;          /*   and how many of its bytes are done     */
+    uint64_t inflight;      /* bytes after the cursor that were begun   */
+    uint64_t bytes;         /* all bytes done                           */
+    uint64_t calls;         /* system calls made                        */
+    unsigned failed_step;   /* the step that an error came from         */
+    unsigned nsteps;
+    unsigned steps[6];
+    sm_fault *fault;        /* NULL but in tests                        */
+} sm_job;
+
+int sm_advance(sm_job *job, uint64_t budget_ns);
+
+/* ---- single system calls --------------------------------------------------- */
+
+int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable, int locked,
+               uint64_t *address);
+int sm_reserve_placeholder(uint64_t address, uint64_t length);
+int sm_unmap(uint64_t address, uint64_t length);
+int sm_madvise(uint64_t address, uint64_t length, int advice);
+int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
+int sm_memfd_create(const char *name, unsigned flags);
+int sm_memfd_secret(unsigned flags);
+int sm_name_mapping(uint64_t address, uint64_t length, const char *name);
+int64_t sm_filesystem_type(int fd, uint64_t *block_size);
+
+typedef struct {
+    uint64_t any_of;        /* categories of which a page has one       */
+    uint64_t all_of;        /* categories that it must have             */
+    uint64_t none_of;       /* categories that it must not have         */
+} sm_scan;
+
+int sm_pagemap_scan(int fd, const sm_scan *what, uint64_t start, uint64_t end,
+                    sm_run *out, size_t capacity, size_t *nout, uint64_t *next);
+int sm_pagemap_read(int fd, int file_too, uint64_t start, uint64_t end,
+                    sm_run *out, size_t capacity, size_t *nout, uint64_t *next);
+int sm_mincore(uint64_t start, uint64_t end, sm_run *out, size_t capacity, size_t *nout,
+               uint64_t *next);
+int sm_fiemap(int fd, uint64_t start, uint64_t end, sm_run *out, size_t capacity,
+              size_t *nout, uint64_t *next);

@@ -1,0 +1,130 @@
+"""Descriptors that were there before: what they are, and whether they will do.
+
+Everything is looked at before anything is changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Protocol
+
+from sparsemem._sys import lib, probe
+from sparsemem._sys.calls import Calls
+from sparsemem._sys.descriptor import Descriptor
+from sparsemem._sys.files import PAGE_SIZE
+from sparsemem.backends.allocated import settle_existing
+from sparsemem.backends.base import Request
+from sparsemem.backends.kernel import Area
+from sparsemem.errors import ReserveError, Run, UnsupportedError
+from sparsemem.recipes import Kind
+from sparsemem.units import exact_size
+
+_SECRETMEM_MAGIC = 0x5345434D  # include/uapi/linux/magic.h
+
+
+class Options(Protocol):
+    """What a backend says about a file that it adopts."""
+
+    @property
+    def shared(self) -> bool: ...
+    @property
+    def thp(self) -> bool | None: ...
+    @property
+    def existing(self) -> str: ...
+
+
+def kind_of(calls: Calls, fd: int, shared: bool) -> tuple[Kind, int]:
+    """The kind of mapping that an existing file gives, and its page size in bytes.
+
+    A private mapping of an existing file is always a template: its content is
+    somebody's, and is never punched.
+
+    Raises:
+        ReserveError: It is not a file, or not one that can be mapped.
+    """
+    try:
+        mode = calls.fstat(fd).st_mode
+        magic, block_size = calls.filesystem(fd)
+    except OSError as error:
+        raise ReserveError(error.errno, f"descriptor {fd}: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise ReserveError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENODEV, f"descriptor {fd} is {what}")
+    if magic == _SECRETMEM_MAGIC:
+        raise UnsupportedError(f"descriptor {fd} is a memfd_secret, which cannot be adopted: use Secret()")
+    page_size = block_size if magic == lib.HUGETLBFS_MAGIC else PAGE_SIZE
+    if not shared:
+        return Kind.TEMPLATE, page_size
+    if magic == lib.HUGETLBFS_MAGIC:
+        return Kind.HUGETLB_SHARED, page_size
+    return (Kind.SHMEM_SHARED if magic == lib.TMPFS_MAGIC else Kind.DISK_SHARED), page_size
+
+
+def adopt_descriptor(calls: Calls, options: Options, fd: int, request: Request) -> Area:
+    """An area over a borrowed descriptor, which is duplicated."""
+    kind_of(calls, fd, options.shared)  # refuses what is no file, before it is duplicated
+    try:
+        own = Descriptor(calls.duplicate(fd), calls)
+    except OSError as error:
+        raise ReserveError(error.errno, f"descriptor {fd}: {error.strerror}") from error
+    return adopt_file(calls, options, own, request)
+
+
+def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request) -> Area:
+    """An area over an existing file that we hold a descriptor of.
+
+    Raises:
+        ReserveError: It cannot be written or punched, it is too small and must
+            not grow, or it holds data that nobody has taken over.
+    """
+    kind, page_size = kind_of(calls, fd.fd, options.shared)
+    size = calls.fstat(fd.fd).st_size
+    adopted: tuple[Run, ...] = ()
+    if kind is Kind.TEMPLATE:
+        if size < request.size:
+            raise ReserveError(
+                errno.EINVAL,
+                f"the template has {exact_size(size)} and the region {exact_size(request.size)}: "
+                "what lies beyond the end of a file cannot be mapped, and a template is never extended",
+            )
+    else:
+        _check_writable(calls, fd.fd, size)
+        adopted = settle_existing(calls, fd, kind, page_size, options.existing, request)
+        fit_size(calls, fd.fd, size, request.size)
+    flags = lib.MAP_SHARED if options.shared else lib.MAP_PRIVATE
+    return Area(kind=kind, flags=flags, page_size=page_size, fd=fd, adopted=adopted, thp=options.thp)
+
+
+def fit_size(calls: Calls, fd: int, size: int, needed: int) -> None:
+    """Extends a file that is too short; a longer one stays as it is.
+
+    Raises:
+        ReserveError: It is sealed, there is a limit on file sizes, or the file
+            system has one.
+    """
+    if size >= needed:
+        return
+    try:
+        calls.ftruncate(fd, needed)
+    except OSError as error:
+        hint = {
+            errno.EPERM: "; it is sealed against growing (F_SEAL_GROW)",
+            errno.EFBIG: "; see ulimit -f and the limit of the file system (16T - 4K on ext4)",
+        }.get(error.errno or 0, "")
+        raise ReserveError(
+            error.errno, f"cannot extend the file to {exact_size(needed)}: {error.strerror}{hint}"
+        ) from error
+
+
+def _check_writable(calls: Calls, fd: int, size: int) -> None:
+    if calls.open_flags(fd) & os.O_ACCMODE != os.O_RDWR:
+        raise ReserveError(errno.EACCES, "the descriptor is not open for reading and writing")
+    code = probe.can_punch(calls, fd, size)
+    if code == errno.EPERM:
+        raise ReserveError(
+            code, "the file is sealed against writing (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE): it cannot be punched"
+        )
+    if code:
+        raise ReserveError(code, f"the file cannot be punched, so blocks could not be unplugged: {os.strerror(code)}")

@@ -1,0 +1,187 @@
+"""What a backend is: a way to obtain memory.
+
+A `Backend` is a description (frozen, printable, reusable); `reserve` makes a
+`Mapping` of it, which a region then owns.  To write your own, subclass both and
+implement `populate`, `discard` and `resident`; see `simulated.py` for one that
+is complete in a hundred lines.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from attrs import frozen
+
+from sparsemem._sys import lib
+from sparsemem._sys.files import PAGE_SIZE
+from sparsemem.errors import Cause, Run, UnsupportedError
+
+
+@frozen(kw_only=True)
+class Request:
+    """What a region asks of a backend; sizes in bytes."""
+
+    size: int
+    block_size: int
+    fork: str = "refuse"
+    dump: bool = False
+    name: str = "sparsemem"
+    plugged: tuple[Run, ...] = ()
+    """Byte runs that hold data already and that the caller takes over."""
+
+
+@frozen
+class Limit:
+    """One thing that limits how much can still be populated.
+
+    Attributes:
+        cause: What it means to run into it.
+        available: Bytes that it still gives.
+        source: Where the figure is from.
+        errno: What the kernel says, or would say, when it is reached.
+    """
+
+    cause: Cause
+    available: int
+    source: str
+    errno: int
+
+
+class Backend(abc.ABC):
+    """Describes where memory comes from."""
+
+    @property
+    @abc.abstractmethod
+    def page_size(self) -> int:
+        """Bytes of the smallest piece that can be populated or discarded."""
+
+    @property
+    def preferred_block_size(self) -> int:
+        """Bytes of a block where the region does not say."""
+        return max(2 << 20, self.page_size)
+
+    @abc.abstractmethod
+    def reserve(self, request: Request) -> Mapping:
+        """Reserves address space; populates nothing.
+
+        Raises:
+            ReserveError: It cannot be had.
+            UnsupportedError: The kernel or the machine has no such thing.
+            ValueError: The request does not fit the backend.
+        """
+
+    def __str__(self) -> str:
+        """The text form, which `sparsemem.backends.from_text` reads."""
+        return type(self).__name__.lower()
+
+
+class Mapping(abc.ABC):
+    """Reserved memory of one region; offsets and lengths in bytes, multiples of the page size.
+
+    A region never populates or discards one byte from two threads at once, but
+    different ranges may be in different threads.
+    """
+
+    size: int
+    page_size: int = PAGE_SIZE
+    fresh: str = "zero"
+    """What a freshly plugged block reads: "zero", or "file" for a template."""
+
+    adopted: tuple[Run, ...] = ()
+    """Byte runs that held data when the backend reserved, and were taken over."""
+
+    address: int | None = None
+    """Where offset 0 is in this process, or None if there is no memory at all."""
+
+    strategy: str = "populate"
+    """How it populates, by name."""
+
+    granule: int = PAGE_SIZE
+    """Bytes of the largest page that may be in use, huge ones included."""
+
+    maps_adopted: bool = False
+    """Whether blocks that are taken over have to be mapped for `resident` to see them."""
+
+    can_discard: bool = True
+    fork_inherits: bool = False
+
+    def populate(self, offset: int, length: int) -> None:
+        """Makes the range readable and writable without faults that can fail.
+
+        The content must be zero or the template's afterwards.  May fail with
+        some of it done: the caller discards the range then.
+
+        Raises:
+            OSError: With the errno that tells why.
+        """
+        raise NotImplementedError
+
+    def repopulate(self, offset: int, length: int) -> None:
+        """As `populate`, but keeps content that is there.  For `Region.populate`."""
+        self.populate(offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Gives the range's memory back to where it came from; content is lost.
+
+        Raises:
+            OSError: With the errno that tells why.
+        """
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def resident(self, offset: int, length: int) -> Iterator[Run] | None:
+        """Maximal ascending `(offset, length)` runs of memory in use; None if nobody can tell."""
+
+    def resident_total(self) -> int | None:
+        """Bytes in use in all, where a figure covers more than `resident` can place."""
+        return None
+
+    def limits(self) -> Iterable[Limit]:
+        """What still limits a populate; asked often, so it should cost microseconds."""
+        return ()
+
+    def diagnose(self, errno: int, offset: int) -> Cause:
+        """Why a populate at that offset failed, from what can be seen afterwards."""
+        return Cause.UNKNOWN
+
+    def fileno(self) -> int:
+        """The descriptor whose offset 0 is block 0."""
+        raise UnsupportedError(f"{type(self).__name__} has no file descriptor")
+
+    def owner(self) -> Any:
+        """The cffi pointer that keeps the memory mapped while anything refers to it."""
+        raise UnsupportedError(f"{type(self).__name__} has no memory to view")
+
+    def after_fork_in_child(self) -> None:  # noqa: B027 - a hook
+        """Called in a forked child that must not touch the parent's memory (`fork="refuse"`)."""
+
+    def close(self) -> None:  # noqa: B027 - a hook
+        """Lets go of everything; the memory itself stays mapped while views live."""
+
+    # ---- the engine's side ----------------------------------------------------------
+
+    def prepare(self, job: Any, operation: str) -> None:  # noqa: B027 - a hook
+        """Fills in what `advance` needs; `operation` is populate, repopulate or discard."""
+
+    def advance(self, job: Any, operation: str, budget_ns: int) -> int:
+        """Works on a job's runs from its cursor, a chunk at a time, as sm_advance() does."""
+        act = getattr(self, operation)
+        while job.run < job.nruns:
+            run = job.runs[job.run]
+            offset, length = (run.first << job.shift) + job.done, run.count << job.shift
+            piece = min(job.chunk - offset % job.chunk, length - job.done)
+            job.inflight = piece
+            try:
+                act(offset, piece)
+            except OSError as error:
+                return -(error.errno or 5)
+            job.calls += 1
+            job.bytes += piece
+            job.inflight = 0
+            job.done += piece
+            if job.done == length:
+                job.run += 1
+                job.done = 0
+        return int(lib.SM_OK)

@@ -1,0 +1,130 @@
+"""What surrounds a mapping: the limits that it may run into, and which one it was.
+
+Read before a plug (headroom) and after one failed (diagnosis).  Both are
+inferences: another process may take memory in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+
+from sparsemem._sys.calls import Calls
+from sparsemem._sys.descriptor import Descriptor
+from sparsemem._sys.files import (
+    MEMINFO,
+    OVERCOMMIT,
+    PAGE_SIZE,
+    KernelFiles,
+    group_limits,
+    huge_group_limits,
+    huge_pool,
+)
+from sparsemem.backends.base import Limit
+from sparsemem.errors import Cause
+from sparsemem.recipes import Kind
+
+_SHMEM = (Kind.ANONYMOUS_SHARED, Kind.SHMEM_SHARED, Kind.SHMEM_PRIVATE)
+# Whose pages come out of the file system that the file is on.
+_ON_FILE_SYSTEM = (
+    Kind.SHMEM_SHARED,
+    Kind.SHMEM_PRIVATE,
+    Kind.HUGETLB_SHARED,
+    Kind.HUGETLB_PRIVATE,
+    Kind.DISK_SHARED,
+)
+# hugetlbfs with only min_size= reports all ones for "no size".
+_UNLIMITED = 1 << 62
+_EHWPOISON = getattr(errno, "EHWPOISON", 133)  # not in the errno module of every Python
+
+
+class Surroundings:
+    """The limits of one mapping."""
+
+    def __init__(self, calls: Calls, files: KernelFiles, kind: Kind, page_size: int, fd: Descriptor | None) -> None:
+        self._calls = calls
+        self._files = files
+        self._kind = kind
+        self._page_size = page_size
+        self._fd = fd
+        self._huge = page_size > PAGE_SIZE
+
+    def limits(self) -> Iterable[Limit]:
+        """Every limit that a populate may run into."""
+        if self._huge:
+            yield from self._huge_pages()
+        elif self._kind is not Kind.DISK_SHARED:
+            yield from self._memory()
+        if self._fd is not None and self._kind in _ON_FILE_SYSTEM:
+            yield from self._file_system()
+
+    def diagnose(self, code: int, offset: int) -> Cause:
+        """The cause of an errno at a byte offset."""
+        if code == _EHWPOISON:
+            return Cause.POISONED
+        if code in (errno.EINVAL, errno.EPERM, errno.EACCES, errno.EBADF):
+            return Cause.PROTECTION
+        if self._truncated(offset):
+            return Cause.FILE_TRUNCATED
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            return self._full_file_system()
+        # What is used up has less left than the smallest thing one can ask for
+        # (per-CPU caches hold a few pages back).
+        tight = [limit for limit in self.limits() if limit.available < max(self._page_size, 64 * PAGE_SIZE)]
+        if tight:
+            return min(tight, key=lambda limit: limit.available).cause
+        if code == errno.ENOMEM:
+            return Cause.MAPPING_HOLE
+        # A fault that nothing else explains: a guard page, or a userfaultfd.
+        return Cause.PROTECTION if code == errno.EFAULT else Cause.UNKNOWN
+
+    # ---- memory ------------------------------------------------------------------------
+
+    def _memory(self) -> Iterable[Limit]:
+        meminfo = self._files.fields(MEMINFO)
+        if "MemAvailable" in meminfo:
+            available = meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)
+            yield Limit(Cause.SYSTEM_MEMORY, available, f"{MEMINFO}: MemAvailable + SwapFree", errno.ENOMEM)
+        for group in group_limits(self._files):
+            yield Limit(Cause.MEMORY_CGROUP, group.available, group.group, errno.ENOMEM)
+        # Under strict overcommit shmem is charged page by page as it comes; private
+        # memory was charged when it was reserved.
+        if self._kind in _SHMEM and self._files.number(OVERCOMMIT) == 2 and "CommitLimit" in meminfo:
+            left = max(0, meminfo["CommitLimit"] - meminfo.get("Committed_AS", 0))
+            yield Limit(Cause.OVERCOMMIT, left, f"{MEMINFO}: CommitLimit - Committed_AS", errno.ENOMEM)
+
+    def _huge_pages(self) -> Iterable[Limit]:
+        pool = huge_pool(self._files, self._page_size)
+        if pool is not None:
+            source = f"hugepages-{self._page_size // 1024}kB: free - reserved + surplus"
+            yield Limit(Cause.HUGETLB_POOL, pool.available * self._page_size, source, errno.ENOMEM)
+        for group in huge_group_limits(self._files, self._page_size):
+            yield Limit(Cause.HUGETLB_CGROUP, group.available, group.group, errno.ENOMEM)
+
+    # ---- the file's own -----------------------------------------------------------------
+
+    def _file_system(self) -> Iterable[Limit]:
+        assert self._fd is not None
+        try:
+            about = self._calls.statvfs(self._fd.fd)
+        except OSError:
+            return
+        # No size at all: the kernel's own shmem mount, or hugetlbfs without size=.
+        if about.f_blocks == 0 or about.f_blocks >= _UNLIMITED:
+            return
+        free = about.f_bfree if os.geteuid() == 0 else about.f_bavail
+        yield Limit(self._full_file_system(), free * about.f_frsize, "statvfs: free blocks", errno.ENOSPC)
+
+    def _full_file_system(self) -> Cause:
+        if self._huge:
+            return Cause.HUGETLBFS_SIZE
+        return Cause.TMPFS_FULL if self._kind in _SHMEM else Cause.FILESYSTEM_FULL
+
+    def _truncated(self, offset: int) -> bool:
+        if self._fd is None or self._kind is Kind.SECRET:
+            return False
+        try:
+            return self._calls.fstat(self._fd.fd).st_size < offset + self._page_size
+        except OSError:
+            return False

@@ -1,0 +1,146 @@
+"""Files: on a tmpfs, a hugetlbfs or a disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from attrs import field, frozen
+
+from sparsemem._sys import calls as _calls
+from sparsemem._sys import lib
+from sparsemem._sys.calls import Calls
+from sparsemem._sys.descriptor import Descriptor
+from sparsemem._sys.files import PAGE_SIZE
+from sparsemem.backends.adopted import adopt_descriptor, adopt_file, fit_size, kind_of
+from sparsemem.backends.allocated import check_existing
+from sparsemem.backends.base import Backend, Request
+from sparsemem.backends.kernel import Area, KernelMapping, check_strategy
+from sparsemem.backends.pages import block_size_for
+from sparsemem.backends.text import options_text
+from sparsemem.errors import ReserveError
+from sparsemem.recipes import Kind
+
+_OWNED_PRIVATE = {
+    Kind.SHMEM_SHARED: Kind.SHMEM_PRIVATE,
+    Kind.HUGETLB_SHARED: Kind.HUGETLB_PRIVATE,
+    Kind.DISK_SHARED: Kind.DISK_PRIVATE,
+}
+
+
+def _path_text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+@frozen
+class File(Backend):
+    """A file by path or by descriptor.
+
+    A missing file is created (mode 0600) and stays; it is *owned*.  An existing
+    one that is mapped shared belongs to the region too, and `existing` says
+    what happens to data in it.  A private mapping of an existing file is a
+    *template*: blocks show its content, and it is never written or punched.
+
+    Args:
+        path: Where it is.  Symbolic links at the end of it are refused.
+        shared: Map it MAP_SHARED.
+        existing: What to do if anything is allocated in the range: "error"
+            refuses, "adopt" starts those blocks plugged, "discard" punches them.
+        fd: Adopt this descriptor instead of a path; it is duplicated.
+        delete: Remove the file when the region closes; only with a path.
+        thp: Transparent huge pages; see `Anonymous`.
+        follow_symlinks: Open what a symbolic link points to.
+        strategy: How to populate: "auto", "populate_write" or "futex".
+    """
+
+    path: str | None = field(default=None, converter=_path_text)
+    shared: bool = field(default=True, kw_only=True)
+    existing: str = field(default="error", converter=check_existing, kw_only=True)
+    fd: int | None = field(default=None, kw_only=True)
+    delete: bool = field(default=False, kw_only=True)
+    thp: bool | None = field(default=None, kw_only=True)
+    follow_symlinks: bool = field(default=False, kw_only=True)
+    strategy: str = field(default="auto", converter=check_strategy, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if (self.path is None) == (self.fd is None):
+            raise ValueError("File needs a path or fd=, and not both")
+        if self.delete and self.path is None:
+            raise ValueError("delete=True needs a path: a descriptor has no name to remove")
+
+    @property
+    def page_size(self) -> int:
+        """Bytes; that of the file, or where there is none yet of the folder it will be in."""
+        calls = _calls.kernel
+        if self.fd is not None:
+            return kind_of(calls, self.fd, self.shared)[1]
+        assert self.path is not None
+        for path in (self.path, os.path.dirname(os.path.abspath(self.path))):
+            try:
+                fd = Descriptor(calls.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, 0), calls)
+            except OSError:
+                continue
+            try:
+                magic, block_size = calls.filesystem(fd.fd)
+            finally:
+                fd.close()
+            return block_size if magic == lib.HUGETLBFS_MAGIC else PAGE_SIZE
+        return PAGE_SIZE  # reserve() will say what is wrong with the path
+
+    @property
+    def preferred_block_size(self) -> int:
+        return block_size_for(self.page_size)
+
+    def reserve(self, request: Request) -> KernelMapping:
+        calls = _calls.kernel
+        if self.fd is not None:
+            return KernelMapping(adopt_descriptor(calls, self, self.fd, request), request, self.strategy)
+        assert self.path is not None
+        fd, created = self._open(calls, self.path)
+        try:
+            area = self._owned(calls, fd, request) if created else adopt_file(calls, self, fd, request)
+            return KernelMapping(area, request, self.strategy)
+        except BaseException:
+            fd.close()
+            if created:
+                calls.unlink(self.path)
+            raise
+
+    def _open(self, calls: Calls, path: str) -> tuple[Descriptor, bool]:
+        """The file and whether it was made here, which is what makes it ours to punch."""
+        flags = os.O_CLOEXEC | (0 if self.follow_symlinks else os.O_NOFOLLOW)
+        try:
+            try:
+                # O_EXCL, so that a file that somebody makes meanwhile is not taken for ours.
+                return Descriptor(calls.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), calls), True
+            except FileExistsError:
+                mode = os.O_RDWR if self.shared else os.O_RDONLY
+                return Descriptor(calls.open(path, flags | mode, 0), calls), False
+        except OSError as error:
+            hint = "; a symbolic link is only followed with follow_symlinks=True" if error.errno == errno.ELOOP else ""
+            raise ReserveError(error.errno, f"{path}: {error.strerror}{hint}") from error
+
+    def _owned(self, calls: Calls, fd: Descriptor, request: Request) -> Area:
+        kind, page_size = kind_of(calls, fd.fd, True)
+        fit_size(calls, fd.fd, 0, request.size)
+        return Area(
+            kind=kind if self.shared else _OWNED_PRIVATE[kind],
+            flags=lib.MAP_SHARED if self.shared else lib.MAP_PRIVATE,
+            page_size=page_size,
+            fd=fd,
+            thp=self.thp,
+            unlink=self.path if self.delete else None,
+        )
+
+    def __str__(self) -> str:
+        options: dict[str, Any] = {
+            "private": not self.shared,
+            "existing": None if self.existing == "error" else self.existing,
+            "fd": self.fd,
+            "delete": self.delete,
+            "thp": self.thp,
+            "follow_symlinks": self.follow_symlinks,
+            "strategy": None if self.strategy == "auto" else self.strategy,
+        }
+        return options_text("file", options, self.path)

@@ -1,0 +1,295 @@
+"""A mapping of real memory, managed by its recipe.
+
+Every backend but Simulated ends up here: it opens or makes what is mapped and
+names its kind; the kind's recipe says the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from attrs import frozen
+
+from sparsemem._sys import calls as _calls
+from sparsemem._sys import ffi, lib, probe, residency
+from sparsemem._sys.calls import Calls
+from sparsemem._sys.descriptor import Descriptor
+from sparsemem._sys.files import KernelFiles, thp_size
+from sparsemem.backends.base import Limit, Mapping, Request
+from sparsemem.backends.diagnosis import Surroundings
+from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
+from sparsemem.recipes import FUTEX, POPULATE_WRITE, RECIPES, STRATEGIES, Evidence, Inheritance, Kind, Step
+from sparsemem.units import exact_size
+
+STEP_CODES = {step: getattr(lib, f"SM_STEP_{step.name}") for step in Step}
+
+
+_NO_TOTAL = (Kind.TEMPLATE, Kind.SECRET, Kind.DISK_SHARED, Kind.DISK_PRIVATE)
+
+
+@frozen(kw_only=True)
+class Area:
+    """What is to be mapped, and what it is."""
+
+    kind: Kind
+    flags: int
+    page_size: int
+    fd: Descriptor | None = None
+    writable: bool = True
+    adopted: tuple[Run, ...] = ()
+    thp: bool | None = None
+    unlink: str | None = None
+    """A path that is removed on close."""
+
+
+def page_flags(page_size: int) -> int:
+    """The bits of MAP_HUGETLB and MFD_HUGETLB that name a huge page size."""
+    return (page_size.bit_length() - 1) << int(lib.MAP_HUGE_SHIFT)
+
+
+def check_strategy(strategy: str) -> str:
+    """The strategy, or a ValueError that lists them."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is none of {', '.join(map(repr, STRATEGIES))}")
+    return strategy
+
+
+def choose_strategy(kind: Kind, wanted: str, calls: Calls) -> str:
+    """The strategy by name; `auto` is the best that works here.
+
+    Raises:
+        UnsupportedError: The kernel or the kind of mapping has no such way.
+    """
+    possible = RECIPES[kind].faults
+    if wanted == "auto":
+        return POPULATE_WRITE if POPULATE_WRITE in possible and probe.populate_write(calls) else FUTEX
+    if wanted not in possible:
+        raise UnsupportedError(f"strategy {wanted!r} does not work on {kind.value}: only {', '.join(possible)}")
+    if wanted == POPULATE_WRITE and not probe.populate_write(calls):
+        raise UnsupportedError("this kernel has no MADV_POPULATE_WRITE (Linux 5.14); strategy='futex' works")
+    return wanted
+
+
+class KernelMapping(Mapping):
+    """Address space reserved with mmap(MAP_NORESERVE)."""
+
+    def __init__(self, area: Area, request: Request, strategy: str = "auto") -> None:
+        self._calls: Calls = _calls.kernel
+        self.kind = area.kind
+        self.recipe = RECIPES[area.kind]
+        self.size = request.size
+        self.page_size = area.page_size
+        self.fresh = self.recipe.fresh
+        self.can_discard = bool(self.recipe.discard)
+        # Residency of shared hugetlb memory shows in our page tables only.
+        self.maps_adopted = self.recipe.evidence is Evidence.MAPPED_PAGES
+        self.adopted = area.adopted
+        self.fork_inherits = request.fork == "inherit"
+        self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls)
+        self._fd = area.fd
+        self._unlink = area.unlink
+        self._files = KernelFiles()
+        self.thp, align = self._resolve_thp(area.thp, request.block_size)
+        self.granule = align
+        self._map(area, request, align)
+        try:
+            self._advise(request)
+            self._surroundings = Surroundings(self._calls, self._files, area.kind, area.page_size, area.fd)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- reserving -------------------------------------------------------------------
+
+    def _resolve_thp(self, wanted: bool | None, block_size: int) -> tuple[bool | None, int]:
+        """Whether to ask for huge pages, and the alignment in bytes.
+
+        A block smaller than a huge page has to be without: else a 4 KiB plug
+        takes 2 MiB, and khugepaged fills unplugged holes again.
+        """
+        huge = thp_size(self._files)
+        if self.page_size > residency.PAGE_SIZE or self.kind is Kind.SECRET:
+            if wanted is not None:
+                raise ValueError(f"thp={wanted} makes no sense on {self.kind.value}: its page size is fixed")
+            return None, self.page_size
+        if huge is None:
+            if wanted:
+                raise UnsupportedError("thp=True: this kernel has no transparent huge pages")
+            return None, self.page_size
+        if wanted and block_size < huge:
+            raise ValueError(
+                f"thp=True needs blocks of at least {exact_size(huge)}, a huge page: "
+                f"block_size {exact_size(block_size)} would populate its neighbours"
+            )
+        use = block_size >= huge if wanted is None else wanted
+        return use, huge if use else self.page_size
+
+    def _map(self, area: Area, request: Request, align: int) -> None:
+        fd = -1 if area.fd is None else area.fd.fd
+        try:
+            address = self._calls.reserve(
+                request.size,
+                align,
+                area.flags | lib.MAP_NORESERVE,
+                fd,
+                writable=area.writable,
+                locked=area.kind is Kind.SECRET,
+            )
+        except OSError as error:
+            raise ReserveError(
+                error.errno,
+                f"cannot reserve {exact_size(request.size)} of {self.kind.value}: {_why_not(error)}",
+            ) from error
+        self.address = address
+        # The memory is unmapped when the last reference to this pointer dies,
+        # views included: nothing of ours can reach unmapped memory.
+        unmap = partial(_unmap, self._calls, address, request.size)
+        self._owner: Any = ffi.gc(ffi.cast("char *", address), unmap)
+
+    def _advise(self, request: Request) -> None:
+        """Options of the whole mapping; for single blocks they would split it into many."""
+        if self.thp is not None:
+            self._try_advice(lib.MADV_HUGEPAGE if self.thp else lib.MADV_NOHUGEPAGE)
+        if not request.dump:
+            self._try_advice(lib.MADV_DONTDUMP)
+        if request.fork == "refuse":
+            if self.recipe.inheritance is Inheritance.WIPED:
+                self._advice(lib.MADV_WIPEONFORK)
+            elif self.recipe.inheritance is Inheritance.ABSENT:
+                self._advice(lib.MADV_DONTFORK)
+        try:
+            # Needs CONFIG_ANON_VMA_NAME (5.17); files show their own name.
+            self._calls.name_mapping(self._address, self.size, request.name)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EPERM):
+                raise ReserveError(error.errno, f"cannot name the mapping: {error.strerror}") from error
+
+    def _advice(self, advice: int) -> None:
+        try:
+            self._calls.madvise(self._address, self.size, advice)
+        except OSError as error:
+            raise ReserveError(error.errno, f"madvise({advice}) on the new mapping: {error.strerror}") from error
+
+    def _try_advice(self, advice: int) -> None:
+        """Advice that a kernel without the feature may refuse: nothing depends on it."""
+        try:
+            self._advice(advice)
+        except ReserveError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
+    @property
+    def _address(self) -> int:
+        assert self.address is not None
+        return self.address
+
+    # ---- populate and discard -----------------------------------------------------------
+
+    def prepare(self, job: Any, operation: str) -> None:
+        steps = {
+            "populate": self.recipe.populate(self.strategy),
+            "repopulate": self.recipe.faults[self.strategy],
+            "discard": self.recipe.discard or self.recipe.cleanse,
+        }[operation]
+        job.base = ffi.cast("char *", self._address)
+        job.fd = -1 if self._fd is None else self._fd.fd
+        job.page = self.page_size
+        job.nsteps = len(steps)
+        for i, step in enumerate(steps):
+            job.steps[i] = STEP_CODES[step]
+
+    def advance(self, job: Any, operation: str, budget_ns: int) -> int:
+        return self._calls.advance(job, budget_ns)
+
+    # ---- what is there ------------------------------------------------------------------
+
+    def resident(self, offset: int, length: int) -> Iterator[Run] | None:
+        start, calls = self._address + offset, self._calls
+        if self.recipe.evidence is Evidence.PRIVATE_PAGES:
+            return _shifted(residency.private_pages(start, length), offset)
+        if self.recipe.evidence is Evidence.MAPPED_PAGES:
+            return _shifted(residency.mapped_pages(start, length), offset)
+        if self.recipe.evidence is Evidence.PAGE_CACHE:
+            return _shifted(residency.page_cache(start, length), offset)
+        if self.recipe.evidence is Evidence.FILE_DATA:
+            return residency.file_data(calls, self.fileno(), offset, offset + length)
+        if self.recipe.evidence is Evidence.FILE_EXTENTS:
+            return residency.file_extents(calls, self.fileno(), offset, offset + length)
+        return None
+
+    def resident_total(self) -> int | None:
+        """What file and private pages use.  Behind a private mapping the file should be empty.
+
+        None where the file's own figure says something else: on disks it counts
+        metadata, and a larger file than the region has more than ours in it.
+        """
+        if self._fd is None or self.kind in _NO_TOTAL or self._calls.fstat(self._fd.fd).st_size > self.size:
+            return None
+        total = residency.file_total(self._calls, self._fd.fd)
+        if self.recipe.evidence is Evidence.PRIVATE_PAGES:
+            total += sum(length for _, length in residency.private_pages(self._address, self.size))
+        return total
+
+    def limits(self) -> Iterable[Limit]:
+        return self._surroundings.limits()
+
+    def diagnose(self, errno: int, offset: int) -> Cause:
+        return self._surroundings.diagnose(errno, offset)
+
+    def fileno(self) -> int:
+        if self._fd is None:
+            raise UnsupportedError(f"{self.kind.value} memory has no file descriptor")
+        return self._fd.fd
+
+    def owner(self) -> Any:
+        return self._owner
+
+    def after_fork_in_child(self) -> None:
+        # Not ours to remove.
+        self._unlink = None
+        if self.recipe.inheritance is Inheritance.ABSENT:
+            # Views that the child has inherited point at nothing now, or at
+            # whatever comes to lie there; and so would our unmapping of it.
+            self._calls.reserve_placeholder(self._address, self.size)
+
+    def close(self) -> None:
+        self._owner = None
+        if self._unlink is not None:
+            path, self._unlink = self._unlink, None
+            with contextlib.suppress(FileNotFoundError):
+                self._calls.unlink(path)
+        if self._fd is not None:
+            self._fd.close()
+        self._files.close()
+
+
+def _shifted(runs: Iterator[Run], offset: int) -> Iterator[Run]:
+    return ((start + offset, length) for start, length in runs)
+
+
+def _unmap(calls: Calls, address: int, length: int, _: Any) -> None:
+    calls.unmap(address, length)
+
+
+def _why_not(error: OSError) -> str:
+    text = error.strerror or os.strerror(error.errno or 0)
+    hint = {
+        errno.ENOMEM: "; see ulimit -v and vm.overcommit_memory=2, which ignores MAP_NORESERVE for private memory",
+        errno.EAGAIN: "; see ulimit -l, which limits locked memory",
+    }.get(error.errno or 0, "")
+    return text + hint
+
+
+def reserving(make: Callable[[], Descriptor], what: str) -> Descriptor:
+    """Runs what opens a descriptor; an OSError becomes a ReserveError that names it."""
+    try:
+        return make()
+    except SparseMemError:
+        raise
+    except OSError as error:
+        raise ReserveError(error.errno, f"{what}: {error.strerror}") from error

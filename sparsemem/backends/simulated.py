@@ -1,0 +1,153 @@
+"""No memory at all: a deterministic backend for policies, at petabyte scale."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from attrs import field, frozen
+
+from sparsemem._sys.files import PAGE_SIZE
+from sparsemem.backends.base import Backend, Limit, Mapping, Request
+from sparsemem.backends.text import options_text
+from sparsemem.bitmap import Bitmap
+from sparsemem.errors import Cause, Run
+from sparsemem.units import Size, exact_size, parse_size
+
+
+@frozen
+class Fault:
+    """A failure at the nth call of an operation.
+
+    Args:
+        operation: "populate" or "discard".
+        nth: Which call fails, from 1; a call is one chunk of at most 2 MiB.
+        errno: The errno that it fails with.
+        after: Bytes that are done before it fails.
+        repeat: How many calls in a row fail.
+    """
+
+    operation: str = field()
+    nth: int = field(default=1, kw_only=True)
+    errno: int = field(default=_errno.ENOMEM, kw_only=True)
+    after: int = field(default=0, kw_only=True)
+    repeat: int = field(default=1, kw_only=True)
+
+    @operation.validator
+    def _check_operation(self, _: object, operation: str) -> None:
+        if operation not in ("populate", "discard"):
+            raise ValueError(f"fault on {operation!r}: only 'populate' and 'discard' can fail")
+
+    @nth.validator
+    def _check_nth(self, _: object, nth: int) -> None:
+        if nth < 1:
+            raise ValueError(f"nth={nth}: calls are counted from 1")
+
+
+def _optional_size(size: Size | None) -> int | None:
+    return None if size is None else parse_size(size, "capacity")
+
+
+def _page_size(size: Size) -> int:
+    page = parse_size(size, "page_size")
+    if page < 1 or page & (page - 1):
+        raise ValueError(f"page_size {page} is not a power of two")
+    return page
+
+
+@frozen(kw_only=True)
+class Simulated(Backend):
+    """Bookkeeping without memory: nothing can be viewed, everything else works.
+
+    Args:
+        capacity: Bytes that all blocks together may take; None is no limit.
+        faults: `Fault`s that it has.
+        latency: Called as `latency(operation, length)` before each chunk; its
+            result is slept for, in seconds.
+        page_size: Bytes of the smallest piece.
+    """
+
+    capacity: int | None = field(default=None, converter=_optional_size)
+    faults: tuple[Fault, ...] = field(default=(), converter=tuple)
+    latency: Callable[[str, int], float] | None = None
+    simulated_page_size: int = field(default=PAGE_SIZE, converter=_page_size, alias="page_size")
+
+    @property
+    def page_size(self) -> int:
+        return self.simulated_page_size
+
+    def reserve(self, request: Request) -> SimulatedMapping:
+        return SimulatedMapping(self, request)
+
+    def __str__(self) -> str:
+        capacity = None if self.capacity is None else exact_size(self.capacity)
+        return options_text("simulated", {"capacity": capacity})
+
+
+class SimulatedMapping(Mapping):
+    """Pages that are in use, as a bitmap."""
+
+    def __init__(self, backend: Simulated, request: Request) -> None:
+        self._backend = backend
+        self.size = request.size
+        self.page_size = backend.page_size
+        self.strategy = "simulated"
+        self._used = Bitmap(request.size // self.page_size)
+        self._used_bytes = 0
+        self._calls = {"populate": 0, "discard": 0}
+        self.fork_inherits = request.fork == "inherit"
+        for offset, length in request.plugged:
+            self._mark(offset, length, True)
+
+    def populate(self, offset: int, length: int) -> None:
+        self._begin("populate", offset, length)
+        self._populate(offset, length)
+
+    def _populate(self, offset: int, length: int) -> None:
+        first, count = offset // self.page_size, length // self.page_size
+        new = length - self._used.count(first, count) * self.page_size
+        capacity = self._backend.capacity
+        if capacity is not None and self._used_bytes + new > capacity:
+            # As a real backend does: what still fits is taken before it fails.
+            fits = (capacity - self._used_bytes) // self.page_size * self.page_size
+            self._mark(offset, min(fits, length), True)
+            raise OSError(_errno.ENOSPC, os.strerror(_errno.ENOSPC))
+        self._mark(offset, length, True)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._begin("discard", offset, length)
+        self._mark(offset, length, False)
+
+    def _begin(self, operation: str, offset: int, length: int) -> None:
+        if self._backend.latency is not None:
+            time.sleep(self._backend.latency(operation, length))
+        self._calls[operation] += 1
+        for fault in self._backend.faults:
+            if fault.operation == operation and 0 <= self._calls[operation] - fault.nth < fault.repeat:
+                self._mark(offset, min(fault.after, length) // self.page_size * self.page_size, operation == "populate")
+                raise OSError(fault.errno, os.strerror(fault.errno))
+
+    def _mark(self, offset: int, length: int, used: bool) -> None:
+        first, count = offset // self.page_size, length // self.page_size
+        before = self._used.count(first, count)
+        (self._used.set if used else self._used.clear)(first, count)
+        self._used_bytes += ((count if used else 0) - before) * self.page_size
+
+    def resident(self, offset: int, length: int) -> Iterator[Run]:
+        first, count = offset // self.page_size, length // self.page_size
+        for start, pages in self._used.runs(True, first, first + count):
+            yield start * self.page_size, pages * self.page_size
+
+    def resident_total(self) -> int:
+        return self._used_bytes
+
+    def limits(self) -> Iterable[Limit]:
+        if self._backend.capacity is not None:
+            left = self._backend.capacity - self._used_bytes
+            yield Limit(Cause.CAPACITY, left, "Simulated(capacity=)", _errno.ENOSPC)
+
+    def diagnose(self, errno: int, offset: int) -> Cause:
+        full = self._backend.capacity is not None and self._used_bytes >= self._backend.capacity
+        return Cause.CAPACITY if errno == _errno.ENOSPC and full else Cause.UNKNOWN

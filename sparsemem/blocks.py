@@ -1,0 +1,286 @@
+"""The block map: which blocks are plugged, busy and tainted, and who holds which.
+
+It touches no memory but its own.  One mutex guards the three bitmaps; it lives
+in C and is only held within one call, so never while Python code runs.  Hence a
+finaliser in garbage collection may take it, user code never runs under it, and
+a KeyboardInterrupt sees either nothing or all of what a call does.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from sparsemem._sys import ffi, lib
+from sparsemem.bitmap import CHUNK, fit_code, share
+from sparsemem.budget import Budget
+from sparsemem.errors import (
+    BlockStateError,
+    ForkedRegionError,
+    RegionClosedError,
+    Run,
+    ViewsAliveError,
+)
+from sparsemem.runs import EMPTY, Runs, normalise
+
+# How long one call waits for blocks that somebody else holds, before Python gets
+# to look at signals.
+_WAIT_MS = 50
+
+
+class Want(enum.IntEnum):
+    """What an operation is going to do with the blocks it claims."""
+
+    TO_PLUGGED = lib.SM_TO_PLUGGED
+    TO_UNPLUGGED = lib.SM_TO_UNPLUGGED
+    WITHIN_PLUGGED = lib.SM_WITHIN_PLUGGED
+    TAINTED_ONLY = lib.SM_TAINTED_ONLY
+    WHOLE = lib.SM_WHOLE
+
+
+class Map(enum.IntEnum):
+    """The three bitmaps."""
+
+    PLUGGED = lib.SM_MAP_PLUGGED
+    BUSY = lib.SM_MAP_BUSY
+    TAINTED = lib.SM_MAP_TAINTED
+
+
+class BlockMap:
+    """The state of all blocks of one region.  Thread-safe."""
+
+    def __init__(self, nblocks: int, block_size: int, page_size: int, budget: Budget | None = None) -> None:
+        self._c = ffi.gc(lib.sm_blocks_new(nblocks, block_size, page_size), lib.sm_blocks_free)
+        if not self._c:
+            raise MemoryError(f"no address space for a map of {nblocks} blocks")
+        self.nblocks = nblocks
+        self.page_count = block_size // page_size * nblocks
+        self.budget = budget
+        if budget is not None:
+            lib.sm_blocks_set_budget(self._c, budget.c)
+
+    def adopt(self, runs: Runs) -> None:
+        """Blocks that start out plugged.
+
+        Raises:
+            BackendExhaustedError: The budget does not cover them.
+        """
+        if lib.sm_blocks_adopt(self._c, runs.array, runs.n) == lib.SM_BUDGET:
+            assert self.budget is not None
+            self.budget.refuse(runs.total)
+
+    # ---- reading -----------------------------------------------------------------------
+
+    def counts(self) -> Any:
+        """`plugged`, `tainted`, `busy`, `pins` and `claims`, of one moment."""
+        out = ffi.new("sm_counts *")
+        lib.sm_blocks_counts(self._c, out)
+        return out
+
+    def count(self, which: Map, first: int, count: int) -> int:
+        """Blocks among [first, first + count) whose bit is set."""
+        return int(lib.sm_blocks_count(self._c, which, first, count))
+
+    def runs(self, which: Map, value: bool, start: int = 0, stop: int | None = None) -> Iterator[Run]:
+        """Maximal ascending runs; fetched in chunks, so a snapshot only of a quiet region."""
+        stop = self.nblocks if stop is None else stop
+        out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
+        while following[0] < stop:
+            n = lib.sm_blocks_runs(self._c, which, value, following[0], stop, out, CHUNK, following)
+            for run in out[0:n]:
+                yield run.first, run.count
+
+    def find(self, count: int, align: int, fit: str) -> int | None:
+        """A run that could be plugged now: not plugged, not busy, not tainted."""
+        where = ffi.new("uint64_t *")
+        code = lib.sm_blocks_find(self._c, count, align, fit_code(fit), where)
+        return int(where[0]) if code == lib.SM_OK else None
+
+    def plugged_buffer(self) -> memoryview:
+        """The plugged bitmap, read-only and shared."""
+        return share(lib.sm_blocks_plugged(self._c), self.nblocks, self._c)
+
+    def check_open(self) -> None:
+        """Raises what an operation would raise if the region is closed or was forked."""
+        state = lib.sm_blocks_state(self._c)
+        if state != lib.SM_OK:
+            _refuse(state, 0, "use")
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child's copy that must not be used."""
+        return bool(lib.sm_blocks_state(self._c) == lib.SM_FORKED)
+
+    # ---- discarded pages -----------------------------------------------------------------
+
+    def mark_pages(self, first: int, count: int, discarded: bool) -> None:
+        """Remembers pages that were discarded inside plugged blocks."""
+        if lib.sm_blocks_mark_pages(self._c, first, count, discarded) == lib.SM_NOMEM:
+            raise MemoryError("no address space for the map of discarded pages")
+
+    def discarded_pages(self, start: int, stop: int) -> Iterator[Run]:
+        """Runs of pages discarded inside plugged blocks."""
+        out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
+        while following[0] < stop:
+            n = lib.sm_blocks_discarded_runs(self._c, following[0], stop, out, CHUNK, following)
+            for run in out[0:n]:
+                yield run.first, run.count
+
+    # ---- pins and fork --------------------------------------------------------------------
+
+    def pin(self, first: int, count: int) -> Any:
+        """An object that pins the blocks for as long as it lives; count 0 only holds off close.
+
+        Raises:
+            BlockStateError: A block is not plugged, or tainted.
+        """
+        pin = ffi.gc(lib.sm_pin_new(first, count), lib.sm_pin_drop)
+        where = ffi.new("uint64_t *")
+        code = lib.SM_BUSY
+        while code == lib.SM_BUSY:
+            code = lib.sm_pin_take(self._c, pin, threading.get_ident(), _WAIT_MS, where)
+        if code != lib.SM_OK:
+            _refuse(code, where[0], "view", plugged=False)
+        return pin
+
+    def before_fork(self) -> None:
+        """Holds the mutex, so that the child's copy of the maps is whole."""
+        lib.sm_blocks_before_fork(self._c)
+
+    def after_fork(self, *, child: bool, refuse: bool = False) -> None:
+        """Lets go of the mutex; in the child, taints what other threads had in hand."""
+        lib.sm_blocks_after_fork(self._c, child, refuse, threading.get_ident())
+
+
+class Claim:
+    """The right to change some blocks: taken and finished in one call each.
+
+    It is made before anything happens and has no effect until `take`.  One that
+    is dropped while open (an interrupt in the handling of an interrupt) leaves
+    its blocks tainted.
+    """
+
+    def __init__(self, blocks: BlockMap, runs: Runs) -> None:
+        self._blocks = blocks  # the C side refers to it
+        self._c = ffi.gc(lib.sm_claim_new(runs.array, runs.n), lib.sm_claim_drop)
+        if not self._c:
+            raise MemoryError(f"no memory for {runs.n} runs")
+
+    @property
+    def open(self) -> bool:
+        """Whether it is taken and not yet finished."""
+        return bool(self._c.blocks)
+
+    @property
+    def runs(self) -> Runs:
+        """The claimed runs; valid while the claim lives."""
+        return Runs(self._c.runs, self._c.nruns)
+
+    def take(self, want: Want, strict: bool = True) -> None:
+        """Claims all runs or nothing, waiting for those that others hold.
+
+        Args:
+            want: What is going to happen.
+            strict: Refuse blocks that are in the target state already; for
+                WHOLE, refuse while views live.
+
+        Raises:
+            BlockStateError: A block's state does not allow it.
+            ViewsAliveError: A view pins a block.
+            RegionClosedError: The region is closed, or was forked.
+        """
+        where = ffi.new("uint64_t *")
+        code = lib.SM_BUSY
+        while code == lib.SM_BUSY:
+            code = lib.sm_claim_take(self._blocks._c, self._c, want, strict, threading.get_ident(), _WAIT_MS, where)
+        if code != lib.SM_OK:
+            _refuse(code, where[0], _VERBS[want], plugged=want is Want.TO_PLUGGED)
+
+    def take_fit(self, count: int, align: int, fit: str) -> int | None:
+        """Finds and claims a run that can be plugged, with nobody in between; its start or None."""
+        code = lib.SM_BUSY
+        while code == lib.SM_BUSY:
+            code = lib.sm_claim_take_fit(
+                self._blocks._c, self._c, count, align, fit_code(fit), threading.get_ident(), _WAIT_MS
+            )
+        if code == lib.SM_NOFIT:
+            return None
+        if code != lib.SM_OK:
+            _refuse(code, 0, "plug")
+        return int(self._c.runs[0].first)
+
+    def select(self, which: Map, value: bool) -> Runs:
+        """The parts of the claimed runs whose bit has that value."""
+        n = lib.sm_claim_select(self._c, which, value, ffi.NULL, 0)
+        if n == 0:
+            return EMPTY
+        out = ffi.new("sm_run[]", n)
+        lib.sm_claim_select(self._c, which, value, out, n)
+        return Runs(out, n)
+
+    def charge(self, size: int) -> None:
+        """Takes bytes from the budget, if there is one; given back unless the claim ends plugged.
+
+        Raises:
+            BackendExhaustedError: The budget does not cover it.
+        """
+        if lib.sm_claim_charge(self._c, size) == lib.SM_BUDGET:
+            assert self._blocks.budget is not None
+            self._blocks.budget.refuse(size)
+
+    def finish(
+        self,
+        *,
+        plugged: Runs = EMPTY,
+        unplugged: Runs = EMPTY,
+        tainted: Runs = EMPTY,
+        healed: Runs = EMPTY,
+        close: bool = False,
+    ) -> int:
+        """Sets what came of it and gives the blocks back, all at once; the number of blocks changed."""
+        outcome = ffi.new(
+            "sm_outcome *",
+            (plugged.array, unplugged.array, tainted.array, healed.array, plugged.n, unplugged.n, tainted.n, healed.n),
+        )
+        return int(lib.sm_claim_finish(self._c, outcome, close))
+
+
+_VERBS = {
+    Want.TO_PLUGGED: "plug",
+    Want.TO_UNPLUGGED: "unplug",
+    Want.WITHIN_PLUGGED: "use",
+    Want.TAINTED_ONLY: "scrub",
+    Want.WHOLE: "close",
+}
+
+
+def _refuse(code: int, block: int, verb: str, *, plugged: bool = False) -> NoReturn:
+    if code == lib.SM_STATE:
+        state = "already plugged" if plugged else "not tainted" if verb == "scrub" else "not plugged"
+        raise BlockStateError(f"cannot {verb}: block {block} is {state}; nothing was changed", block=block)
+    if code == lib.SM_TAINTED:
+        raise BlockStateError(
+            f"cannot {verb}: block {block} is tainted by an earlier failure; scrub() mends it", block=block
+        )
+    if code == lib.SM_PINNED:
+        raise ViewsAliveError(f"cannot {verb}: a view that is still alive uses block {block} or the whole region")
+    if code == lib.SM_SELF:
+        raise BlockStateError(
+            f"cannot {verb}: this thread is already changing these blocks (a call from within a listener?)"
+        )
+    if code == lib.SM_FORKED:
+        raise ForkedRegionError(
+            f"cannot {verb}: the region belongs to the parent process (fork='inherit' would share it)"
+        )
+    if code == lib.SM_CLOSED:
+        raise RegionClosedError(f"cannot {verb}: the region is closed")
+    raise AssertionError(f"unexpected code {code}")
+
+
+def runs_of(pairs: list[Run], limit: int) -> Runs:
+    """Runs from Python pairs that are known to be right."""
+    if not pairs:
+        return EMPTY
+    return normalise(ffi.new("sm_run[]", pairs), len(pairs), limit)

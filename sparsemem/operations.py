@@ -1,0 +1,428 @@
+"""The operations on blocks, each a sequence that can stop anywhere.
+
+Every operation is an object that knows how far it has come, so that `undo` can
+put things right from any point: after an error, after a KeyboardInterrupt at
+any bytecode, and again if the undoing itself was interrupted.  Steps that change
+the state of blocks are one C call each.
+
+The order within is what makes it safe, and is explained where it matters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+from attrs import define, field
+
+from sparsemem.backends.base import Mapping
+from sparsemem.blocks import BlockMap, Claim, Map, Want, runs_of
+from sparsemem.engine import StepFailedError, Work
+from sparsemem.errors import BackendExhaustedError, BlockStateError, DiscardError, PopulateError, Run, UnsupportedError
+from sparsemem.headroom import Gauge
+from sparsemem.listeners import Announcement, Listener
+from sparsemem.runs import EMPTY, Runs, single, subtract, to_blocks
+from sparsemem.statistics import Tally
+from sparsemem.units import exact_size
+
+_log = logging.getLogger("sparsemem")
+
+
+@define(eq=False)
+class Core:
+    """What the operations of one region share."""
+
+    mapping: Mapping
+    blocks: BlockMap
+    block_size: int
+    gauge: Gauge
+    tally: Tally
+    listeners: tuple[Listener, ...] = ()
+    shift: int = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.shift = self.block_size.bit_length() - 1
+
+    def block_runs(self, pairs: list[Run]) -> Runs:
+        return runs_of(pairs, self.blocks.nblocks)
+
+    def byte_runs(self, pairs: list[Run]) -> Runs:
+        return runs_of(pairs, self.mapping.size)
+
+
+class Operation:
+    """One operation; `perform` does it, `undo` puts right what a stop left behind."""
+
+    def __init__(self, core: Core, claim: Claim) -> None:
+        self.core = core
+        self.claim = claim
+
+    def perform(self) -> int:
+        raise NotImplementedError
+
+    def undo(self, error: BaseException | None) -> None:
+        """Puts things right; does nothing once the claim is finished, so it can be called again."""
+        raise NotImplementedError
+
+
+def execute(operation: Operation) -> int:
+    """Performs an operation, or undoes what it did."""
+    try:
+        return operation.perform()
+    except BaseException as error:
+        operation.undo(error)
+        raise
+    finally:
+        # Again, for an interrupt may have come in just before or in the middle
+        # of the undo above.  After a finished operation this does nothing.
+        operation.undo(None)
+
+
+class Plug(Operation):
+    """claim -> headroom -> populate -> listeners -> commit, and all of it or nothing."""
+
+    def __init__(
+        self, core: Core, claim: Claim, *, strict: bool = True, fit: tuple[int, int, str] | None = None
+    ) -> None:
+        super().__init__(core, claim)
+        self._strict = strict
+        self._fit = fit
+        self.found: int | None = None
+        """The first block that `fit`, a count, an alignment and a kind of fit, has found."""
+        self._work: Work | None = None
+        self._announcement: Announcement | None = None
+        self._rollback: Work | None = None
+        self._failed: list[Run] = []
+
+    def perform(self) -> int:
+        core, claim = self.core, self.claim
+        started = time.monotonic()
+        if self._fit is None:
+            claim.take(Want.TO_PLUGGED, self._strict)
+        else:
+            self.found = claim.take_fit(*self._fit)
+            if self.found is None:
+                return 0
+        # With exist_ok only what is new is populated, and only that is ever
+        # rolled back: blocks that were plugged before keep their content.
+        new = claim.runs if self._strict else claim.select(Map.PLUGGED, False)
+        size = new.total << core.shift
+        if size == 0:
+            claim.finish()
+            return 0
+        # Up front, because a memory control group's limit has no errno.
+        core.gauge.spend(size)
+        claim.charge(size)
+        self._work = Work(core.mapping, "populate", new, core.shift)
+        try:
+            self._work.run()
+        except StepFailedError as failure:
+            raise self._explain(failure) from None
+        # Only now: a listener may use the memory at once.
+        self._announcement = Announcement(core.listeners, "on_plug", new if core.listeners else ())
+        self._announcement.tell()
+        changed = claim.finish(plugged=new)
+        core.tally.plugged(size, self._work.calls, time.monotonic() - started)
+        return changed
+
+    def undo(self, error: BaseException | None) -> None:
+        core, claim = self.core, self.claim
+        if not claim.open:
+            return
+        if self._announcement is not None:
+            # Before the discard, so that nobody still uses what goes away.
+            self._announcement.take_back()
+        tainted = EMPTY
+        if self._work is not None and self._work.begun():
+            if self._rollback is None:
+                self._rollback = Work(core.mapping, "discard", core.byte_runs(self._work.begun()), 0)
+            self._failed += self._rollback.run_through()
+            # Memory that cannot be given back (memfd_secret) is zeroed and kept
+            # apart, as is memory whose discard failed.
+            kept = self._failed if core.mapping.can_discard else self._work.begun()
+            tainted = core.block_runs(to_blocks(kept, core.shift))
+            core.gauge.forget()
+        claim.finish(tainted=tainted)
+        core.tally.failed(rolled_back=self._rollback is not None)
+        if tainted.n and isinstance(error, PopulateError):
+            error.rolled_back = False
+        if tainted.n:
+            _log.debug("rollback left tainted blocks %r", list(tainted))
+
+    def _explain(self, failure: StepFailedError) -> PopulateError:
+        assert self._work is not None
+        cause = self.core.mapping.diagnose(failure.errno, failure.offset)
+        make = BackendExhaustedError if cause.exhausted else PopulateError
+        return make(
+            failure.errno,
+            f"cannot populate block {failure.offset >> self.core.shift}: {cause.value} "
+            f"({os.strerror(failure.errno)} after {exact_size(self._work.bytes)})",
+            offset=failure.offset,
+            populated=self._work.bytes,
+            cause=cause,
+        )
+
+
+class Unplug(Operation):
+    """claim -> listeners -> discard -> commit: checked completely first, for a discard cannot be undone.
+
+    Also what mends tainted blocks (`Want.TAINTED_ONLY`): those that are plugged
+    become unplugged then, as was asked for when they were tainted.
+    """
+
+    def __init__(self, core: Core, claim: Claim, *, want: Want = Want.TO_UNPLUGGED, strict: bool = True) -> None:
+        super().__init__(core, claim)
+        self._want = want
+        self._strict = strict
+        self._victims = EMPTY
+        self._announcement: Announcement | None = None
+        self._work: Work | None = None
+
+    def perform(self) -> int:
+        core, claim = self.core, self.claim
+        started = time.monotonic()
+        require_discard(core.mapping)
+        claim.take(self._want, self._strict)
+        everything = self._strict or self._want is Want.TAINTED_ONLY
+        self._victims = claim.runs if everything else claim.select(Map.PLUGGED, True)
+        if self._victims.n == 0:
+            claim.finish()
+            return 0
+        if core.listeners:
+            plugged = claim.select(Map.PLUGGED, True)
+            # Before the discard: afterwards nobody may fault the memory in again.
+            self._announcement = Announcement(core.listeners, "on_unplug", plugged)
+            self._announcement.tell()
+        self._work = Work(core.mapping, "discard", self._victims, core.shift)
+        try:
+            self._work.run()
+        except StepFailedError as failure:
+            raise DiscardError(
+                failure.errno,
+                f"cannot discard block {failure.offset >> core.shift}: {os.strerror(failure.errno)}; "
+                f"{exact_size(self._work.bytes)} were discarded before, the blocks that it failed on are tainted",
+            ) from None
+        size = self._victims.total << core.shift
+        changed = claim.finish(unplugged=self._victims, healed=self._victims)
+        core.gauge.forget()
+        core.tally.unplugged(size, self._work.calls, time.monotonic() - started)
+        return changed
+
+    def undo(self, error: BaseException | None) -> None:
+        core, claim = self.core, self.claim
+        if not claim.open:
+            return
+        done, failed = self._settle(isinstance(error, DiscardError))
+        remaining = subtract(list(self._victims), done)
+        if self._announcement is not None:
+            self._announcement.take_back(only=remaining)
+        gone, tainted = core.block_runs(done), core.block_runs(failed)
+        claim.finish(unplugged=gone, healed=gone, tainted=tainted)
+        core.gauge.forget()
+        core.tally.failed(rolled_back=False)
+        if isinstance(error, DiscardError):
+            error.discarded, error.tainted = tuple(done), tuple(failed)
+            error.remaining = tuple(subtract(remaining, failed))
+
+    def _settle(self, step_failed: bool) -> tuple[list[Run], list[Run]]:
+        """Brings the work to a block boundary: blocks that are gone, and those of unknown content."""
+        work, shift = self._work, self.core.shift
+        if work is None:
+            return [], []
+        if not step_failed:
+            try:
+                work.complete_unit(self.core.block_size)
+            except StepFailedError:
+                step_failed = True
+        done = [(first >> shift, count >> shift) for first, count in work.done() if count >> shift]
+        # All of a failed call's range: MADV_DONTNEED goes on past a hole and
+        # still returns ENOMEM.
+        begun = to_blocks(work.begun(), shift)
+        return done, subtract(begun, done) if step_failed else []
+
+
+class Inner(Operation):
+    """Discards or populates pages inside plugged blocks, which stay plugged."""
+
+    def __init__(self, core: Core, claim: Claim, operation: str, offset: int, length: int) -> None:
+        super().__init__(core, claim)
+        self._operation = operation
+        self._range = (offset, length)
+        self._work: Work | None = None
+
+    def perform(self) -> int:
+        core, claim, (offset, length) = self.core, self.claim, self._range
+        if self._operation == "discard":
+            require_discard(core.mapping)
+        claim.take(Want.WITHIN_PLUGGED)
+        if self._operation == "repopulate":
+            core.gauge.spend(length)
+        self._work = Work(core.mapping, self._operation, single(offset, length, core.mapping.size, "byte"), 0)
+        try:
+            self._work.run()
+        except StepFailedError as failure:
+            raise self._explain(failure) from None
+        self._mark()
+        claim.finish()
+        core.gauge.forget()
+        return length
+
+    def undo(self, error: BaseException | None) -> None:
+        # What was populated stays, since it may hold content from before; what
+        # was discarded is gone, as was asked.
+        if not self.claim.open:
+            return
+        if self._work is not None:
+            self._mark()
+        self.claim.finish()
+        self.core.gauge.forget()
+        self.core.tally.failed(rolled_back=False)
+
+    def _mark(self) -> None:
+        assert self._work is not None
+        page = self.core.mapping.page_size
+        for first, count in self._work.done():
+            self.core.blocks.mark_pages(first // page, count // page, self._operation == "discard")
+
+    def _explain(self, failure: StepFailedError) -> PopulateError | DiscardError:
+        assert self._work is not None
+        did, text = exact_size(self._work.bytes), os.strerror(failure.errno)
+        if self._operation == "discard":
+            return DiscardError(failure.errno, f"cannot discard at offset {failure.offset}: {text}; {did} were")
+        cause = self.core.mapping.diagnose(failure.errno, failure.offset)
+        make = BackendExhaustedError if cause.exhausted else PopulateError
+        return make(
+            failure.errno,
+            f"cannot populate at offset {failure.offset}: {cause.value} ({text}); {did} were and stay populated",
+            offset=failure.offset,
+            populated=self._work.bytes,
+            rolled_back=False,
+            cause=cause,
+        )
+
+
+class Whole(Operation):
+    """Has the region to itself while listeners are told about all plugged blocks.
+
+    Args:
+        listeners: Whom to tell.
+        event: What.
+        close: Close the block map afterwards; then views must not live, unless
+            `force`.
+        force: Close whatever lives, and whatever listeners say.
+    """
+
+    def __init__(
+        self, core: Core, listeners: tuple[Listener, ...], event: str, *, close: bool = False, force: bool = False
+    ) -> None:
+        super().__init__(core, Claim(core.blocks, EMPTY))
+        self._listeners = listeners
+        self._event = event
+        self._close = close
+        self._force = force
+        self._announcement: Announcement | None = None
+
+    def perform(self) -> int:
+        core = self.core
+        self.claim.take(Want.WHOLE, strict=self._close and not self._force)
+        plugged = core.blocks.runs(Map.PLUGGED, True) if self._listeners else ()
+        self._announcement = Announcement(self._listeners, self._event, plugged)
+        try:
+            self._announcement.tell()
+        except Exception:
+            if not self._force:
+                raise
+            _log.debug("a listener failed as the region closed", exc_info=True)
+        self.commit()
+        self.claim.finish(close=self._close)
+        return 0
+
+    def commit(self) -> None:
+        """What else changes when everybody was told; in one step."""
+
+    def undo(self, error: BaseException | None) -> None:
+        if not self.claim.open:
+            return
+        if self._announcement is not None:
+            self._announcement.take_back()
+        self.claim.finish()
+
+
+class Join(Whole):
+    """Adds a listener, which is told of all plugged blocks."""
+
+    def __init__(self, core: Core, listener: Listener) -> None:
+        super().__init__(core, (listener,), "on_plug")
+        self._listener = listener
+
+    def commit(self) -> None:
+        self.core.listeners = (*self.core.listeners, self._listener)
+
+
+class Leave(Whole):
+    """Removes a listener, which is told that all plugged blocks go."""
+
+    def __init__(self, core: Core, listener: Listener) -> None:
+        super().__init__(core, (listener,), "on_unplug")
+        self._listener = listener
+
+    def commit(self) -> None:
+        rest = list(self.core.listeners)
+        rest.remove(self._listener)
+        self.core.listeners = tuple(rest)
+
+
+def require_discard(mapping: Mapping) -> None:
+    """Raises UnsupportedError, before anything happens, if memory cannot be given back."""
+    if not mapping.can_discard:
+        raise UnsupportedError("memfd_secret memory cannot be given back: the region can only grow")
+
+
+def resize(core: Core, target: int) -> int:
+    """Plugs the lowest unplugged blocks or unplugs the highest plugged ones; the change in blocks.
+
+    Raises:
+        BlockStateError: Too few blocks can be plugged, since some are tainted.
+        As Plug and Unplug.
+    """
+    while True:
+        change = target - int(core.blocks.counts().plugged)
+        if change == 0:
+            return 0
+        try:
+            if change > 0:
+                runs = core.block_runs(_lowest_free(core, change))
+                return execute(Plug(core, Claim(core.blocks, runs)))
+            plugged = list(core.blocks.runs(Map.PLUGGED, True))
+            runs = core.block_runs(_highest(plugged, -change))
+            return -execute(Unplug(core, Claim(core.blocks, runs)))
+        except BlockStateError as error:
+            # Somebody else has changed one of the blocks since we looked: look
+            # again.  Without a block it is something that will not pass.
+            if error.block is None:
+                raise
+
+
+def _lowest_free(core: Core, count: int) -> list[Run]:
+    tainted = list(core.blocks.runs(Map.TAINTED, True))
+    taken, left = [], count
+    for first, n in subtract(core.blocks.runs(Map.PLUGGED, False), tainted):
+        taken.append((first, min(n, left)))
+        left -= taken[-1][1]
+        if left == 0:
+            return taken
+    raise BlockStateError(
+        f"cannot grow by {count} blocks: all but {count - left} of the unplugged ones are tainted; scrub() mends them"
+    )
+
+
+def _highest(plugged: list[Run], count: int) -> list[Run]:
+    taken, left = [], count
+    for first, n in reversed(plugged):
+        size = min(n, left)
+        taken.append((first + n - size, size))
+        left -= size
+        if left == 0:
+            break
+    return taken

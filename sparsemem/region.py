@@ -1,0 +1,685 @@
+"""The region: a large sparse mapping whose blocks are plugged and unplugged.
+
+This module is about order only: it rejects what is wrong before anything
+happens, hands the operation on, and answers questions.  The sequences
+themselves are in `operations`, the state in `blocks`, the memory in `backends`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sparsemem import fork as _fork
+from sparsemem.audit import Audit
+from sparsemem.audit import audit as _audit
+from sparsemem.backends import Anonymous
+from sparsemem.backends.base import Backend, Mapping, Request
+from sparsemem.bitmap import fit_code
+from sparsemem.blocks import BlockMap, Claim, Map, Want
+from sparsemem.budget import Budget
+from sparsemem.errors import (
+    BlockRangeError,
+    DiscardError,
+    RegionClosedError,
+    Run,
+)
+from sparsemem.geometry import check_block_size, check_name, check_size
+from sparsemem.headroom import Gauge, Headroom, check_mode
+from sparsemem.headroom import read as _read_headroom
+from sparsemem.listeners import Listener
+from sparsemem.operations import Core, Inner, Join, Leave, Plug, Unplug, Whole, execute, require_discard, resize
+from sparsemem.runs import Runs, RunsInput, collect, index_of, single
+from sparsemem.statistics import Stats, Tally
+from sparsemem.units import Size, exact_size, parse_size
+from sparsemem.views import make_view
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class BlockState(enum.Enum):
+    """The state of one or several blocks."""
+
+    PLUGGED = "plugged"
+    UNPLUGGED = "unplugged"
+    MIXED = "mixed"
+
+
+class Region:
+    """A reservation of `size` bytes, in blocks that are plugged and unplugged.
+
+    Reserving costs nothing.  A plugged block is populated: every byte of it can
+    be read and written without a fault that could fail.  An unplugged block
+    holds no data and no memory; touching it is a stray access (with shared
+    memory even a read allocates), which `audit()` finds.
+
+    All methods are thread-safe: operations on overlapping blocks wait for each
+    other, others run in parallel.
+
+    Args:
+        size: Bytes, a multiple of the block size.
+        block_size: Bytes, a power of two, at least the backend's page size.
+            Default: 2 MiB, a transparent huge page or the backend's page,
+            whichever is largest.
+        backend: Where the memory comes from; `Anonymous()` by default.
+        headroom: "check" refuses a plug up front that limits would not allow;
+            "off" finds out by trying, which at a control group's limit means
+            the OOM killer.
+        dump: Whether core dumps contain the memory.
+        fork: "refuse" makes the region unusable in a forked child (private
+            memory reads zero there); with "inherit" the child has it too.  Then
+            private memory is copied on write and the two go separate ways, while
+            shared memory stays one, though each keeps a bitmap of its own: what
+            the child unplugs is gone for the parent.
+        plugged: Runs of blocks that hold data already and start out plugged; for
+            adopted descriptors.
+        budget: A `Budget` that it shares with other regions.
+        name: Shown in /proc/PID/maps where the kernel can, and as a memfd's name.
+
+    Raises:
+        ValueError: A size or option that does not fit; names value and rule.
+        ReserveError: The kernel refused; nothing is left behind.
+        UnsupportedError: The machine has no such thing.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        block_size: Size | None = None,
+        backend: Backend | None = None,
+        headroom: str = "check",
+        dump: bool = False,
+        fork: str = "refuse",
+        plugged: RunsInput = (),
+        budget: Budget | None = None,
+        name: str = "sparsemem",
+    ) -> None:
+        self._closed = True  # until it is there: __del__ sees halves, too
+        backend = Anonymous() if backend is None else backend
+        if not isinstance(backend, Backend):
+            raise TypeError(f"backend must be a Backend such as Memfd(), not {backend!r}")
+        if fork not in _fork.MODES:
+            raise ValueError(f"fork {fork!r} is none of {', '.join(map(repr, _fork.MODES))}")
+        self._headroom = check_mode(headroom)
+        self._backend = backend
+        self._page_size = backend.page_size
+        self._block_size = check_block_size(block_size, backend, self._page_size)
+        self._size = check_size(size, self._block_size)
+        self._fork = fork
+        self._name = check_name(name)
+        given = collect(plugged, self.nblocks)
+        blocks = BlockMap(self.nblocks, self._block_size, self._page_size, budget)
+        self._mapping: Mapping = backend.reserve(self._request(given, dump))
+        try:
+            self._address = self._mapping.address
+            gauge = Gauge(self._mapping.limits, headroom)
+            self._core = Core(self._mapping, blocks, self._block_size, gauge, Tally())
+            self._adopt(given)
+            self._closed = False
+            _fork.register(self._core)
+        except BaseException:
+            self._mapping.close()
+            raise
+
+    def _request(self, given: Runs, dump: bool) -> Request:
+        block = self._block_size
+        return Request(
+            size=self._size,
+            block_size=block,
+            fork=self._fork,
+            dump=dump,
+            name=self._name,
+            plugged=tuple((first * block, count * block) for first, count in given),
+        )
+
+    def _adopt(self, given: Runs) -> None:
+        """Starts blocks plugged that hold data: those given, and those the backend found."""
+        core = self._core
+        found = [(first >> core.shift, count >> core.shift) for first, count in self._mapping.adopted]
+        adopted = collect([*given, *found], self.nblocks) if found else given
+        if adopted.n == 0:
+            return
+        core.blocks.adopt(adopted)
+        if self._mapping.maps_adopted:
+            for first, count in adopted:
+                self.populate(first * self._block_size, count * self._block_size)
+
+    # ---- facts ----------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes reserved."""
+        return self._size
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block."""
+        return self._block_size
+
+    @property
+    def nblocks(self) -> int:
+        """Blocks in all."""
+        return self._size // self._block_size
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of the backend's page, the unit of `discard` and `populate`."""
+        return self._page_size
+
+    @property
+    def plugged_blocks(self) -> int:
+        """Blocks that are plugged."""
+        return int(self._core.blocks.counts().plugged)
+
+    @property
+    def plugged_size(self) -> int:
+        """Bytes that are plugged."""
+        return self.plugged_blocks * self._block_size
+
+    @property
+    def backend(self) -> Backend:
+        """The description that the region was made from."""
+        return self._backend
+
+    @property
+    def fresh(self) -> str:
+        """What a freshly plugged block reads: "zero", or "file" for a template."""
+        return self._mapping.fresh
+
+    @property
+    def name(self) -> str:
+        """Its name in /proc/PID/maps, where the kernel can."""
+        return self._name
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+        return self._closed
+
+    @property
+    def address(self) -> int:
+        """Where block 0 is in this process.
+
+        Raises:
+            RegionClosedError: It is nowhere any more.
+            UnsupportedError: The backend has no memory.
+        """
+        self._core.blocks.check_open()
+        if self._address is None:
+            self._mapping.owner()  # says why not
+        return self._address  # type: ignore[return-value]
+
+    def fileno(self) -> int:
+        """The descriptor whose offset 0 is block 0; it belongs to the region.
+
+        Raises:
+            RegionClosedError: It is closed.
+            UnsupportedError: The memory has no descriptor.
+        """
+        self._core.blocks.check_open()
+        return self._mapping.fileno()
+
+    def offset(self, block: int) -> int:
+        """The byte offset at which a block begins.
+
+        Raises:
+            BlockRangeError: There is no such block.
+        """
+        return next(iter(single(block, 1, self.nblocks)))[0] * self._block_size
+
+    def blocks(self, offset: int, length: int, round: str = "exact") -> Run:
+        """The blocks of a byte range.
+
+        Args:
+            offset: Where it begins, in bytes.
+            length: How long it is, in bytes.
+            round: "exact" refuses a range that is not made of whole blocks,
+                "inward" takes only whole ones, "outward" all that it touches.
+
+        Returns:
+            `(first, count)`; the count may be 0 with "inward".
+
+        Raises:
+            BlockRangeError: Not within the region, or not exact.
+        """
+        single(offset, length, self._size, "byte")
+        block, end = self._block_size, offset + length
+        if round == "outward":
+            first, last = offset // block, -(-end // block)
+        elif round == "inward":
+            first, last = -(-offset // block), end // block
+        elif round == "exact":
+            first, last = offset // block, end // block
+            if offset % block or end % block:
+                raise BlockRangeError(
+                    f"bytes {offset} to {end - 1} are not whole blocks of {exact_size(block)}; "
+                    "round='inward' or 'outward' rounds them"
+                )
+        else:
+            raise ValueError(f"round {round!r} is none of 'exact', 'inward', 'outward'")
+        return first, max(0, last - first)
+
+    # ---- state ----------------------------------------------------------------------------
+
+    def is_plugged(self, first: int, count: int = 1) -> bool:
+        """Whether all of these blocks are plugged.
+
+        Raises:
+            BlockRangeError: There are no such blocks.
+        """
+        return self.state(first, count) is BlockState.PLUGGED
+
+    def state(self, first: int, count: int = 1) -> BlockState:
+        """PLUGGED or UNPLUGGED if all of these blocks are, else MIXED.
+
+        Raises:
+            BlockRangeError: There are no such blocks.
+        """
+        ((start, n),) = single(first, count, self.nblocks)
+        plugged = self._core.blocks.count(Map.PLUGGED, start, n)
+        return BlockState.PLUGGED if plugged == n else BlockState.MIXED if plugged else BlockState.UNPLUGGED
+
+    def plugged_runs(self) -> Iterator[Run]:
+        """Maximal ascending `(first, count)` runs of plugged blocks.
+
+        Fetched in portions: changes made meanwhile may or may not show.
+        """
+        return self._core.blocks.runs(Map.PLUGGED, True)
+
+    def unplugged_runs(self) -> Iterator[Run]:
+        """Maximal ascending `(first, count)` runs of unplugged blocks; see `plugged_runs`."""
+        return self._core.blocks.runs(Map.PLUGGED, False)
+
+    def tainted_runs(self) -> Iterator[Run]:
+        """Maximal ascending runs of blocks that an earlier failure left in an unknown state."""
+        return self._core.blocks.runs(Map.TAINTED, True)
+
+    def find_unplugged(self, count: int, *, align: int = 1, fit: str = "first") -> int | None:
+        """Where `count` blocks in a row could be plugged now.
+
+        Args:
+            count: Blocks.
+            align: The start is a multiple of this many blocks.
+            fit: "first" is the lowest start that fits, "last" the highest, "best"
+                in the smallest free run.
+
+        Returns:
+            The first block, or None.
+        """
+        fit_code(fit)
+        return self._core.blocks.find(_positive(count, "count"), _positive(align, "align"), fit)
+
+    @property
+    def bitmap(self) -> memoryview:
+        """The plugged bitmap, read-only: block n is bit n % 8 of byte n // 8.
+
+        It is the region's own memory and not a copy, so it changes under the
+        reader's eyes; numpy and bitarray (`buffer=..., endian="little"`) share it.
+        """
+        return self._core.blocks.plugged_buffer()
+
+    # ---- change ---------------------------------------------------------------------------
+
+    def plug(self, first: int, count: int = 1, *, exist_ok: bool = False) -> int:
+        """Populates blocks [first, first + count): all of them, or none and an error.
+
+        Afterwards they read zero, or show the template's content.
+
+        Args:
+            first: The first block.
+            count: How many blocks.
+            exist_ok: Let blocks that are plugged already stay as they are.
+
+        Returns:
+            The number of blocks that were plugged.
+
+        Raises:
+            BlockRangeError: There are no such blocks.
+            BlockStateError: A block is plugged already, or tainted.
+            BackendExhaustedError: There is not enough memory; `cause` says why.
+            PopulateError: Something else failed.
+            ListenerVetoError: A listener refused.
+            RegionClosedError: It is closed.
+        """
+        return self._plug(single(first, count, self.nblocks), exist_ok)
+
+    def plug_runs(self, runs: RunsInput, *, exist_ok: bool = False) -> int:
+        """Plugs several runs: all or nothing, over all of them.
+
+        Args:
+            runs: `(first, count)` pairs in any order, or a C-contiguous uint64
+                buffer of shape (n, 2).  Runs that touch are treated as one.
+            exist_ok: As for `plug`.
+
+        Returns:
+            The number of blocks that were plugged.
+
+        Raises:
+            BlockRangeError: A run is out of range, empty, or overlaps another.
+            As `plug`.
+        """
+        return self._plug(collect(runs, self.nblocks), exist_ok)
+
+    def plug_fit(self, count: int, *, align: int = 1, fit: str = "first") -> int | None:
+        """Finds a place for `count` blocks and plugs them, with nobody in between.
+
+        Args:
+            count: Blocks.
+            align: As for `find_unplugged`; so is `fit`.
+            fit: Which place.
+
+        Returns:
+            The first block, or None if there is no such place.
+
+        Raises:
+            As `plug`.
+        """
+        fit_code(fit)
+        count, align = _positive(count, "count"), _positive(align, "align")
+        claim = Claim(self._core.blocks, single(0, 1, 1))
+        operation = Plug(self._core, claim, fit=(count, align, fit))
+        return operation.found if execute(operation) else None
+
+    def unplug(self, first: int, count: int = 1, *, missing_ok: bool = False) -> int:
+        """Discards blocks [first, first + count); the backend has the memory back.
+
+        Everything that can be checked is checked first, since a discard cannot
+        be undone.  If it fails all the same, it stops there: blocks discarded so
+        far are unplugged, the rest stays plugged.
+
+        Args:
+            first: The first block.
+            count: How many blocks.
+            missing_ok: Let blocks that are not plugged stay as they are.
+
+        Returns:
+            The number of blocks that were unplugged.
+
+        Raises:
+            BlockRangeError: There are no such blocks.
+            BlockStateError: A block is not plugged.
+            ViewsAliveError: A view still uses a block.
+            ListenerVetoError: A listener refused.
+            DiscardError: The kernel failed; says which blocks are in which state.
+            UnsupportedError: The backend cannot give memory back.
+            RegionClosedError: It is closed.
+        """
+        return self._unplug(single(first, count, self.nblocks), missing_ok)
+
+    def unplug_runs(self, runs: RunsInput, *, missing_ok: bool = False) -> int:
+        """Unplugs several runs, all checked before the first is discarded.
+
+        Args:
+            runs: As for `plug_runs`.
+            missing_ok: As for `unplug`.
+
+        Returns:
+            The number of blocks that were unplugged.
+
+        Raises:
+            As `unplug`.
+        """
+        return self._unplug(collect(runs, self.nblocks), missing_ok)
+
+    def unplug_all(self) -> int:
+        """Unplugs whatever is plugged; the number of blocks.  Raises as `unplug`."""
+        return self._unplug(single(0, self.nblocks, self.nblocks), True)
+
+    def resize(self, plugged_size: Size) -> int:
+        """Plugs or unplugs until so much is plugged.
+
+        Growing takes the lowest unplugged blocks and is all or nothing; shrinking
+        gives the highest plugged ones back and can stop half way, as `unplug`.
+
+        Args:
+            plugged_size: Bytes, a multiple of the block size.
+
+        Returns:
+            The change in bytes; negative if it shrank.
+
+        Raises:
+            ValueError: Not a multiple, or more than the region has.
+            BlockStateError: Too few blocks can be plugged, since some are tainted.
+            As `plug` and `unplug`.
+        """
+        target = parse_size(plugged_size, "plugged_size")
+        if target % self._block_size:
+            raise ValueError(f"plugged_size {target} is not a multiple of the block size {self._block_size}")
+        if target > self._size:
+            raise ValueError(f"plugged_size {target} is more than the region's size {self._size}")
+        return resize(self._core, target // self._block_size) * self._block_size
+
+    def discard(self, offset: int, length: int) -> None:
+        """Gives pages inside plugged blocks back; the blocks stay plugged.
+
+        The pages read zero (or the template) and are populated again by the next
+        access, which may fail as any fault may.  Balloons, hinting and reporting
+        work like this.  With transparent huge pages, discarding a part of one may
+        free nothing until the kernel splits it.
+
+        Args:
+            offset: Bytes, a multiple of `page_size`.
+            length: Bytes, a multiple of `page_size`.
+
+        Raises:
+            BlockRangeError: Not whole pages, or not within the region.
+            BlockStateError: A block is not plugged, or tainted.
+            DiscardError: The kernel failed.
+            UnsupportedError: The backend cannot give memory back.
+        """
+        execute(self._inner("discard", offset, length))
+
+    def populate(self, offset: int, length: int) -> None:
+        """Populates pages inside plugged blocks again; what they hold stays.
+
+        Not all or nothing: what was populated when it fails stays populated, for
+        it may hold content from before.
+
+        Args:
+            offset: Bytes, a multiple of `page_size`.
+            length: Bytes, a multiple of `page_size`.
+
+        Raises:
+            BlockRangeError: Not whole pages, or not within the region.
+            BlockStateError: A block is not plugged, or tainted.
+            PopulateError: The kernel failed.
+        """
+        execute(self._inner("repopulate", offset, length))
+
+    def scrub(self) -> int:
+        """Tries again to discard tainted blocks.
+
+        Those that were to be unplugged are unplugged then.
+
+        Returns:
+            The number of blocks that are mended; what fails again stays tainted.
+
+        Raises:
+            UnsupportedError: The backend cannot give memory back.
+        """
+        require_discard(self._mapping)
+        self._core.blocks.check_open()
+        mended = 0
+        for first, count in list(self.tainted_runs()):
+            claim = Claim(self._core.blocks, single(first, count, self.nblocks))
+            try:
+                execute(Unplug(self._core, claim, want=Want.TAINTED_ONLY))
+                mended += count
+            except DiscardError as error:
+                mended += sum(n for _, n in error.discarded)
+        return mended
+
+    def _plug(self, runs: Runs, exist_ok: bool) -> int:
+        return execute(Plug(self._core, Claim(self._core.blocks, runs), strict=not exist_ok))
+
+    def _unplug(self, runs: Runs, missing_ok: bool) -> int:
+        return execute(Unplug(self._core, Claim(self._core.blocks, runs), strict=not missing_ok))
+
+    def _inner(self, operation: str, offset: int, length: int) -> Inner:
+        ((start, size),) = single(offset, length, self._size, "byte")
+        if start % self._page_size or size % self._page_size:
+            raise BlockRangeError(
+                f"bytes {start} to {start + size - 1} are not whole pages of {exact_size(self._page_size)}"
+            )
+        first, count = self.blocks(start, size, "outward")
+        claim = Claim(self._core.blocks, single(first, count, self.nblocks))
+        return Inner(self._core, claim, operation, start, size)
+
+    # ---- views ----------------------------------------------------------------------------
+
+    def view(self, first: int | None = None, count: int = 1) -> memoryview:
+        """A writable view of plugged blocks, which pins them.
+
+        As long as the view or anything made from it lives, its blocks cannot be
+        unplugged and the region cannot be closed.
+
+        Without arguments it is the whole reservation, for a VMM that maps all of
+        it.  That view holds off close but not unplug: a store to an unplugged
+        block populates it behind the region's back, and so does a load of shared
+        memory; when the backend has nothing left, the access raises SIGBUS.
+
+        Args:
+            first: The first block.
+            count: How many blocks.
+
+        Raises:
+            BlockRangeError: There are no such blocks.
+            BlockStateError: A block is not plugged, or tainted.
+            UnsupportedError: The backend has no memory.
+            RegionClosedError: It is closed.
+        """
+        self._core.blocks.check_open()
+        if first is None:
+            return make_view(self._mapping, self._core.blocks, 0, 0, 0, self._size)
+        ((start, n),) = single(first, count, self.nblocks)
+        offset, length = start * self._block_size, n * self._block_size
+        return make_view(self._mapping, self._core.blocks, start, n, offset, length)
+
+    # ---- listeners ------------------------------------------------------------------------
+
+    def add_listener(self, listener: Listener) -> None:
+        """Registers a listener, which is told of all plugged blocks first.
+
+        Waits until no operation is in flight.
+
+        Raises:
+            ValueError: It is registered already.
+            ListenerVetoError: It refused; it is not registered.
+        """
+        if any(known is listener for known in self._core.listeners):
+            raise ValueError(f"{listener!r} is registered already")
+        execute(Join(self._core, listener))
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Removes a listener, which is told that all plugged blocks go.
+
+        Raises:
+            ValueError: It is not registered.
+            ListenerVetoError: It refused; it stays registered.
+        """
+        if not any(known is listener for known in self._core.listeners):
+            raise ValueError(f"{listener!r} is not registered")
+        execute(Leave(self._core, listener))
+
+    # ---- the truth about memory --------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """Figures of this moment."""
+        counts, block = self._core.blocks.counts(), self._block_size
+        return Stats(
+            size=self._size,
+            plugged_size=counts.plugged * block,
+            pending_size=0,
+            tainted_size=counts.tainted * block,
+            busy_size=counts.busy * block,
+            views=counts.pins,
+            strategy=self._mapping.strategy,
+            **self._core.tally.counts,  # type: ignore[arg-type]
+        )
+
+    def audit(self) -> Audit:
+        """Holds the bitmap against what the kernel says is resident.
+
+        Raises:
+            RegionClosedError: It is closed.
+        """
+        self._core.blocks.check_open()
+        return _audit(self._mapping, self._core.blocks, self._block_size)
+
+    def headroom(self) -> Headroom:
+        """What can still be plugged, and which limit binds; advisory.
+
+        Raises:
+            RegionClosedError: It is closed.
+        """
+        self._core.blocks.check_open()
+        return _read_headroom(self._mapping.limits())
+
+    # ---- lifetime ---------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Unmaps everything; a second time does nothing.
+
+        Waits for operations in flight.  Listeners are told that all plugged
+        blocks go.  A file that the region did not delete keeps its content.
+
+        Raises:
+            ViewsAliveError: A view is alive; nothing was changed.
+            ListenerVetoError: A listener refused; nothing was changed.
+        """
+        self._close(force=False)
+
+    def _close(self, *, force: bool) -> None:
+        if not self._closed:
+            # Closed already: another thread was faster, or the parent process owns it.
+            with contextlib.suppress(RegionClosedError):
+                execute(Whole(self._core, self._core.listeners, "on_unplug", close=True, force=force))
+            self._closed = True
+        self._mapping.close()
+
+    def __enter__(self) -> Self:
+        self._core.blocks.check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        # The body's error is what the user must see.  What it refers to may
+        # well hold views, so the memory goes when the last of them dies.
+        views = self._core.blocks.counts().pins
+        self._close(force=True)
+        if views and hasattr(error, "add_note"):  # 3.11
+            error.add_note(f"{views} views of {self!r} were alive; it is closed, and unmapped when the last one dies")
+
+    def __del__(self) -> None:
+        if not self._closed and not self._core.blocks.forked:
+            self._closed = True
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            self._mapping.close()
+
+    def __repr__(self) -> str:
+        options = f"{exact_size(self._size)!r}, block_size={exact_size(self._block_size)!r}, backend={self._backend!r}"
+        if not hasattr(self, "_core"):
+            return f"<Region({options}), not made>"
+        state = "closed" if self._closed else f"{exact_size(self.plugged_size)} plugged"
+        where = "" if self._closed or self._address is None else f", at {self._address:#x}"
+        return (
+            f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, name={self._name!r}), "
+            f"{state}, strategy {self._mapping.strategy}{where}>"
+        )
+
+
+def _positive(value: Any, what: str) -> int:
+    number = index_of(value, what)
+    if not 1 <= number < 1 << 63:
+        raise BlockRangeError(f"{what} {number} is out of range: 1 <= {what} < 2**63")
+    return number

@@ -1,0 +1,85 @@
+"""What a region has done so far, in numbers."""
+
+from __future__ import annotations
+
+import threading
+
+from attrs import frozen
+
+
+@frozen(kw_only=True)
+class Stats:
+    """Figures of one moment; sizes in bytes.
+
+    Attributes:
+        size: The reservation.
+        plugged_size: What is plugged.
+        pending_size: What is unplugged but not yet discarded.
+        tainted_size: What an earlier failure left in an unknown state.
+        busy_size: What operations in flight hold.
+        views: Views that are alive.
+        plugs: Plug operations that succeeded; likewise `unplugs`.
+        plugged_bytes: Bytes that they populated; likewise `unplugged_bytes`.
+        system_calls: System calls that both made.
+        failures: Operations that failed, were vetoed or interrupted.
+        rollbacks: How many of those had something to roll back.
+        seconds: Time spent in operations that succeeded.
+        strategy: How the region populates.
+    """
+
+    size: int
+    plugged_size: int
+    pending_size: int
+    tainted_size: int
+    busy_size: int
+    views: int
+    plugs: int
+    plugged_bytes: int
+    unplugs: int
+    unplugged_bytes: int
+    system_calls: int
+    failures: int
+    rollbacks: int
+    seconds: float
+    strategy: str
+
+
+class Tally:
+    """Counts operations; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.counts: dict[str, float] = dict.fromkeys(
+            (
+                "plugs",
+                "plugged_bytes",
+                "unplugs",
+                "unplugged_bytes",
+                "system_calls",
+                "failures",
+                "rollbacks",
+                "seconds",
+            ),
+            0,
+        )
+
+    def plugged(self, size: int, calls: int, seconds: float) -> None:
+        """Counts a plug that succeeded."""
+        self._add(plugs=1, plugged_bytes=size, system_calls=calls, seconds=seconds)
+
+    def unplugged(self, size: int, calls: int, seconds: float) -> None:
+        """Counts an unplug that succeeded."""
+        self._add(unplugs=1, unplugged_bytes=size, system_calls=calls, seconds=seconds)
+
+    def failed(self, *, rolled_back: bool) -> None:
+        """Counts an operation that did not come to its end."""
+        self._add(failures=1, rollbacks=int(rolled_back))
+
+    def after_fork(self) -> None:
+        """In a child the lock may be held by a thread that does not exist there."""
+        self._lock = threading.Lock()
+
+    def _add(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self.counts[name] += amount
