@@ -47,6 +47,8 @@ class Work:
         self._mapping = mapping
         self._operation = operation
         self._runs = runs  # the job points at them
+        self.failed: list[Run] = []
+        """Byte runs of the chunks that `run_through` has skipped."""
         job = self._job = ffi.new("sm_job *")
         job.runs, job.nruns, job.shift = runs.array, runs.n, shift
         # A chunk is a multiple of every page size, huge ones included: the
@@ -68,19 +70,19 @@ class Work:
         if code < 0:
             raise StepFailedError(-code, self.offset)
 
-    def run_through(self) -> list[Run]:
-        """Works to the end whatever fails; the byte runs of the chunks that did."""
-        failed: list[Run] = []
+    def run_through(self) -> None:
+        """Works to the end whatever fails; `failed` tells which chunks did."""
         while True:
             try:
                 self.run()
-                return failed
+                return
             except StepFailedError:
-                failed.append((self.offset, self._job.inflight))
-                self.skip()
+                # Noted before it is skipped: an interrupt in between only makes
+                # the chunk fail twice.
+                self.failed.append((self.offset, self._job.inflight))
+                self._skip()
 
-    def skip(self) -> None:
-        """Moves the cursor past the chunk that failed."""
+    def _skip(self) -> None:
         job = self._job
         job.done += max(job.inflight, self._mapping.page_size)
         job.inflight = 0

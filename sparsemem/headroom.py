@@ -84,7 +84,11 @@ class Gauge:
         self._left -= size
 
     def forget(self) -> None:
-        """The reading is worth nothing any more: memory was given back, or ran out."""
+        """The reading is worth nothing any more: a plug within it failed.
+
+        Memory that is given back needs no new reading, since there is always one
+        before anything is refused.
+        """
         self._expires = 0.0
 
 

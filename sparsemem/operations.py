@@ -93,7 +93,6 @@ class Plug(Operation):
         self._work: Work | None = None
         self._announcement: Announcement | None = None
         self._rollback: Work | None = None
-        self._failed: list[Run] = []
 
     def perform(self) -> int:
         core, claim = self.core, self.claim
@@ -137,10 +136,10 @@ class Plug(Operation):
         if self._work is not None and self._work.begun():
             if self._rollback is None:
                 self._rollback = Work(core.mapping, "discard", core.byte_runs(self._work.begun()), 0)
-            self._failed += self._rollback.run_through()
+            self._rollback.run_through()
             # Memory that cannot be given back (memfd_secret) is zeroed and kept
             # apart, as is memory whose discard failed.
-            kept = self._failed if core.mapping.can_discard else self._work.begun()
+            kept = self._rollback.failed if core.mapping.can_discard else self._work.begun()
             tainted = core.block_runs(to_blocks(kept, core.shift))
             core.gauge.forget()
         claim.finish(tainted=tainted)
@@ -205,7 +204,6 @@ class Unplug(Operation):
             ) from None
         size = self._victims.total << core.shift
         changed = claim.finish(unplugged=self._victims, healed=self._victims)
-        core.gauge.forget()
         core.tally.unplugged(size, self._work.calls, time.monotonic() - started)
         return changed
 
@@ -219,7 +217,6 @@ class Unplug(Operation):
             self._announcement.take_back(only=remaining)
         gone, tainted = core.block_runs(done), core.block_runs(failed)
         claim.finish(unplugged=gone, healed=gone, tainted=tainted)
-        core.gauge.forget()
         core.tally.failed(rolled_back=False)
         if isinstance(error, DiscardError):
             error.discarded, error.tainted = tuple(done), tuple(failed)
@@ -265,7 +262,6 @@ class Inner(Operation):
             raise self._explain(failure) from None
         self._mark()
         claim.finish()
-        core.gauge.forget()
         return length
 
     def undo(self, error: BaseException | None) -> None:
@@ -276,7 +272,6 @@ class Inner(Operation):
         if self._work is not None:
             self._mark()
         self.claim.finish()
-        self.core.gauge.forget()
         self.core.tally.failed(rolled_back=False)
 
     def _mark(self) -> None:

@@ -8,7 +8,11 @@
 from __future__ import annotations
 
 import os
+import threading
+import weakref
+from collections.abc import Hashable
 from pathlib import PurePosixPath
+from typing import Any
 
 from attrs import frozen
 
@@ -20,23 +24,35 @@ HUGE_POOLS = "/sys/kernel/mm/hugepages"
 
 
 class KernelFiles:
-    """Small kernel text files by absolute path, each opened once."""
+    """Small kernel text files by absolute path, each opened once.  Thread-safe."""
 
     def __init__(self, root: str = "") -> None:
         self._root = root.rstrip("/")
         self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.memo: dict[Hashable, Any] = {}
+        """What readers work out once and keep as long as what it depends on stays."""
 
     def text(self, path: str) -> str | None:
         """The content, or None where there is no such file or no permission."""
+        with self._lock:
+            try:
+                fd = self._fds.get(path)
+                if fd is None:
+                    fd = self._fds[path] = os.open(self._root + path, os.O_RDONLY | os.O_CLOEXEC)
+                return os.pread(fd, 1 << 16, 0).decode("ascii", "replace")
+            except OSError:
+                # A control group that was removed reads ENODEV; look anew next time.
+                self._forget(path)
+                return None
+
+    def whole_text(self, path: str) -> str:
+        """A file that may be long and is seldom read; "" if there is none."""
         try:
-            fd = self._fds.get(path)
-            if fd is None:
-                fd = self._fds[path] = os.open(self._root + path, os.O_RDONLY | os.O_CLOEXEC)
-            return os.pread(fd, 1 << 16, 0).decode("ascii", "replace")
+            with open(self._root + path, encoding="ascii", errors="replace") as file:
+                return file.read()
         except OSError:
-            # A control group that was removed reads ENODEV; look anew next time.
-            self._forget(path)
-            return None
+            return ""
 
     def number(self, path: str) -> int | None:
         """The content as an integer; None if there is none or it says `max`."""
@@ -68,11 +84,39 @@ class KernelFiles:
             os.close(fd)
 
     def close(self) -> None:
+        """Closes the descriptors; the next look opens them again."""
         for path in list(self._fds):
             self._forget(path)
 
+    def after_fork(self) -> None:
+        """In a child: what /proc/self was opened for is the parent, and a thread may have held the lock."""
+        self._lock = threading.Lock()
+        self.close()
+
     def __del__(self) -> None:
         self.close()
+
+
+_shared: weakref.ref[KernelFiles] | None = None
+
+
+def shared_files() -> KernelFiles:
+    """The machine's files, shared by all who hold them and closed with the last."""
+    global _shared
+    files = None if _shared is None else _shared()
+    if files is None:
+        files = KernelFiles()
+        _shared = weakref.ref(files)
+    return files
+
+
+def _after_fork_in_child() -> None:
+    files = None if _shared is None else _shared()
+    if files is not None:
+        files.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 # ---- huge pages ------------------------------------------------------------------
@@ -152,13 +196,23 @@ def _controller_folders(files: KernelFiles, controller: str) -> list[tuple[str, 
     hierarchy only; a group path that lies outside what is mounted (in a
     container) is cut off at the mount.
     """
+    groups = files.text("/proc/self/cgroup") or ""
+    if files.memo.get("cgroup") != groups:  # moved to another group, or the first look
+        files.memo = {"cgroup": groups}
+    if controller not in files.memo:
+        files.memo[controller] = _find_controller_folders(files, controller, groups)
+    found: list[tuple[str, bool]] = files.memo[controller]
+    return found
+
+
+def _find_controller_folders(files: KernelFiles, controller: str, groups: str) -> list[tuple[str, bool]]:
     membership = {}
-    for line in (files.text("/proc/self/cgroup") or "").splitlines():
+    for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
         for name in controllers.split(","):
             membership[name] = path  # version 2 has the name ""
     found: list[tuple[str, bool]] = []
-    for line in (files.text("/proc/self/mountinfo") or "").splitlines():
+    for line in files.whole_text("/proc/self/mountinfo").splitlines():
         mount, _, about = line.partition(" - ")
         root, at = mount.split()[3:5]
         fstype, _, options = about.split()[:3]

@@ -19,7 +19,7 @@ from sparsemem._sys import calls as _calls
 from sparsemem._sys import ffi, lib, probe, residency
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
-from sparsemem._sys.files import KernelFiles, thp_size
+from sparsemem._sys.files import shared_files, thp_size
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
@@ -93,7 +93,7 @@ class KernelMapping(Mapping):
         self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls)
         self._fd = area.fd
         self._unlink = area.unlink
-        self._files = KernelFiles()
+        self._files = shared_files()
         self.thp, align = self._resolve_thp(area.thp, request.block_size)
         self.granule = align
         self._map(area, request, align)
@@ -265,7 +265,6 @@ class KernelMapping(Mapping):
                 self._calls.unlink(path)
         if self._fd is not None:
             self._fd.close()
-        self._files.close()
 
 
 def _shifted(runs: Iterator[Run], offset: int) -> Iterator[Run]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsemem._sys.files import PAGE_SIZE, KernelFiles, default_huge_page, huge_page_sizes, thp_size
+from sparsemem._sys.files import PAGE_SIZE, default_huge_page, huge_page_sizes, shared_files, thp_size
 from sparsemem.errors import UnsupportedError
 from sparsemem.units import Size, exact_size, parse_size
 
@@ -15,11 +15,8 @@ def resolve_page_size(hugetlb: bool | Size | None) -> int:
     """
     if hugetlb is None or hugetlb is False:
         return PAGE_SIZE
-    files = KernelFiles()
-    try:
-        sizes, default = huge_page_sizes(files), default_huge_page(files)
-    finally:
-        files.close()
+    files = shared_files()
+    sizes, default = huge_page_sizes(files), default_huge_page(files)
     size = default if hugetlb is True else parse_size(hugetlb, "hugetlb")
     if size is None or size not in sizes:
         known = ", ".join(map(exact_size, sizes)) or "none"
@@ -30,11 +27,7 @@ def resolve_page_size(hugetlb: bool | Size | None) -> int:
 
 def block_size_for(page_size: int) -> int:
     """The default block: 2 MiB, the transparent huge page or the backend's page, whichever is largest."""
-    files = KernelFiles()
-    try:
-        return max(2 << 20, thp_size(files) or 0, page_size)
-    finally:
-        files.close()
+    return max(2 << 20, thp_size(shared_files()) or 0, page_size)
 
 
 def huge_text(hugetlb: bool | Size | None, page_size: int) -> str | None:
