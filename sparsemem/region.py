@@ -76,8 +76,8 @@ class Region:
             private memory is copied on write and the two go separate ways, while
             shared memory stays one, though each keeps a bitmap of its own: what
             the child unplugs is gone for the parent.
-        plugged: Runs of blocks that hold data already and start out plugged; for
-            adopted descriptors.
+        plugged: Runs of blocks that start out plugged.  Of an adopted file they
+            are taken to hold data already, which stays; fresh memory is populated.
         budget: A `Budget` that it shares with other regions.
         name: Shown in /proc/PID/maps where the kernel can, and as a memfd's name.
 
@@ -674,7 +674,7 @@ class Region:
         where = "" if self._closed or self._address is None else f", at {self._address:#x}"
         return (
             f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, name={self._name!r}), "
-            f"{state}, strategy {self._mapping.strategy}{where}>"
+            f"{state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
         )
 
 

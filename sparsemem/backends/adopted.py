@@ -94,7 +94,15 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
         adopted = settle_existing(calls, fd, kind, page_size, options.existing, request)
         fit_size(calls, fd.fd, size, request.size)
     flags = lib.MAP_SHARED if options.shared else lib.MAP_PRIVATE
-    return Area(kind=kind, flags=flags, page_size=page_size, fd=fd, adopted=adopted, thp=options.thp)
+    return Area(
+        kind=kind,
+        flags=flags,
+        page_size=page_size,
+        fd=fd,
+        existing=options.shared,
+        adopted=adopted,
+        thp=options.thp,
+    )
 
 
 def fit_size(calls: Calls, fd: int, size: int, needed: int) -> None:

@@ -98,11 +98,14 @@ class Mapping(abc.ABC):
     strategy: str = "populate"
     """How it populates, by name."""
 
+    thp: bool | None = None
+    """Whether transparent huge pages were asked for; None where they do not come into it."""
+
     granule: int = PAGE_SIZE
     """Bytes of the largest page that may be in use, huge ones included."""
 
     maps_adopted: bool = False
-    """Whether blocks that are taken over have to be mapped for `resident` to see them."""
+    """Whether blocks that start out plugged have to be populated for that to be true."""
 
     can_discard: bool = True
     fork_inherits: bool = False

@@ -41,6 +41,8 @@ class Area:
     page_size: int
     fd: Descriptor | None = None
     writable: bool = True
+    existing: bool = False
+    """Whether it is somebody's file, shared with them."""
     adopted: tuple[Run, ...] = ()
     thp: bool | None = None
     unlink: str | None = None
@@ -86,8 +88,11 @@ class KernelMapping(Mapping):
         self.page_size = area.page_size
         self.fresh = self.recipe.fresh
         self.can_discard = bool(self.recipe.discard)
-        # Residency of shared hugetlb memory shows in our page tables only.
-        self.maps_adopted = self.recipe.evidence is Evidence.MAPPED_PAGES
+        # Fresh memory has to be populated to be what `plugged` says.  A file
+        # that was there holds its data already, and writing to all of it would
+        # only make it dirty; but shared hugetlb memory shows as resident in our
+        # page tables alone.
+        self.maps_adopted = not area.existing or self.recipe.evidence is Evidence.MAPPED_PAGES
         self.adopted = area.adopted
         self.fork_inherits = request.fork == "inherit"
         self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls)
