@@ -54,7 +54,7 @@ class Evidence(enum.Enum):
     MAPPED_PAGES = "page tables: present pages; the file's total tells of others"
     FILE_DATA = "SEEK_DATA and SEEK_HOLE; the file's total tells of fallocated, untouched pages"
     FILE_EXTENTS = "FIEMAP: allocated extents"
-    PAGE_CACHE = "mincore"
+    PAGE_CACHE = "SEEK_DATA through /proc/self/map_files where allowed, else mincore"
     NONE = "the kernel does not tell; our own bookkeeping"
 
 

@@ -119,6 +119,26 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def mapping_fields(address: int, length: int) -> dict[str, int]:
+    """The fields of /proc/self/smaps in bytes, summed over the mappings that lie in a range.
+
+    The kernel's own accounting of that very mapping: Rss, Anonymous,
+    AnonHugePages, Private_Hugetlb and the rest.
+    """
+    sums: dict[str, int] = {}
+    inside = False
+    with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
+        for line in file:
+            words = line.split()
+            if not words[0].endswith(":"):
+                start, end = (int(part, 16) for part in words[0].split("-"))
+                inside = start < address + length and end > address
+            elif inside and words[-1] == "kB":
+                name = words[0][:-1]
+                sums[name] = sums.get(name, 0) + int(words[1]) * 1024
+    return sums
+
+
 # ---- huge pages ------------------------------------------------------------------
 
 

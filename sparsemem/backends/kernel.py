@@ -220,7 +220,7 @@ class KernelMapping(Mapping):
         if self.recipe.evidence is Evidence.MAPPED_PAGES:
             return _shifted(residency.mapped_pages(start, length), offset)
         if self.recipe.evidence is Evidence.PAGE_CACHE:
-            return _shifted(residency.page_cache(start, length), offset)
+            return residency.shared_anonymous(calls, self._address, self.size, offset, length)
         if self.recipe.evidence is Evidence.FILE_DATA:
             return residency.file_data(calls, self.fileno(), offset, offset + length)
         if self.recipe.evidence is Evidence.FILE_EXTENTS:

@@ -31,6 +31,10 @@
 #ifndef SYS_memfd_secret
 #define SYS_memfd_secret 447
 #endif
+/* The same number on every architecture, and in no header before glibc 2.36. */
+#define SYS_fsopen_ 430
+#define SYS_fsconfig_ 431
+#define SYS_fsmount_ 432
 
 /* PAGEMAP_SCAN (Linux 6.7), from the kernel's ABI documentation
  * (Documentation/admin-guide/mm/pagemap.rst). */
@@ -147,6 +151,24 @@ int sm_memfd_secret(unsigned flags)
 {
     long fd = syscall(SYS_memfd_secret, flags);
     return fd < 0 ? -errno : (int)fd;
+}
+
+/*
+ * A tmpfs that is mounted nowhere (fsopen, 5.2; CAP_SYS_ADMIN): files can be made
+ * in it through the descriptor alone, and it goes with the last of them.
+ */
+int sm_detached_tmpfs(const char *size)
+{
+    enum { SET_STRING = 1, CREATE = 6, CLOEXEC = 1 };   /* linux/mount.h */
+    long fs = syscall(SYS_fsopen_, "tmpfs", CLOEXEC), mount = -1;
+
+    if (fs >= 0 && !syscall(SYS_fsconfig_, fs, SET_STRING, "size", size, 0) &&
+        !syscall(SYS_fsconfig_, fs, CREATE, NULL, NULL, 0))
+        mount = syscall(SYS_fsmount_, fs, CLOEXEC, 0);
+    int error = errno;
+    if (fs >= 0)
+        close((int)fs);
+    return mount < 0 ? -error : (int)mount;
 }
 
 int sm_name_mapping(uint64_t address, uint64_t length, const char *name)
