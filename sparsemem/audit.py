@@ -80,7 +80,12 @@ def audit(mapping: Mapping, blocks: BlockMap, block_size: int) -> Audit:
         return _unknown(everything, tuple(busy), tuple(tainted))
     resident = list(found)
     total = mapping.resident_total()
-    discarded = [(first * page, count * page) for first, count in blocks.discarded_pages(0, blocks.page_count)]
+    per_block = block_size // page
+    discarded = [
+        (page_first * page, pages * page)
+        for first, count in plugged
+        for page_first, pages in blocks.discarded_pages(first * per_block, (first + count) * per_block)
+    ]
     # What began or ended while we looked says nothing.
     now_plugged = list(blocks.runs(Map.PLUGGED, True))
     changed = subtract(plugged, now_plugged) + subtract(now_plugged, plugged)

@@ -56,7 +56,6 @@ class BlockMap:
         if not self._c:
             raise MemoryError(f"no address space for a map of {nblocks} blocks")
         self.nblocks = nblocks
-        self.page_count = block_size // page_size * nblocks
         self.budget = budget
         if budget is not None:
             lib.sm_blocks_set_budget(self._c, budget.c)

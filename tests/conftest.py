@@ -4,7 +4,13 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.support.resources", "tests.support.leaks", "tests.support.skips"]
+pytest_plugins = [
+    "tests.support.resources",
+    "tests.support.kinds",
+    "tests.support.injector",
+    "tests.support.leaks",
+    "tests.support.skips",
+]
 
 # No deadline: the first touch of a page in a virtual machine may take a hundred times as long as the next.
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

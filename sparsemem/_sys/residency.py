@@ -18,7 +18,6 @@ from typing import Any
 
 from sparsemem._sys import ffi, lib
 from sparsemem._sys.calls import Calls, check
-from sparsemem._sys.files import PAGE_SIZE
 
 Extent = tuple[int, int]
 

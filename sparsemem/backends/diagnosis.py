@@ -7,7 +7,6 @@ inferences: another process may take memory in between.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterable
 
 from sparsemem._sys.calls import Calls
@@ -36,6 +35,7 @@ _ON_FILE_SYSTEM = (
 )
 # hugetlbfs with only min_size= reports all ones for "no size".
 _UNLIMITED = 1 << 62
+_CHUNK = 2 << 20
 _EHWPOISON = getattr(errno, "EHWPOISON", 133)  # not in the errno module of every Python
 
 
@@ -67,11 +67,11 @@ class Surroundings:
             return Cause.PROTECTION
         if self._truncated(offset):
             return Cause.FILE_TRUNCATED
-        if code in (errno.ENOSPC, errno.EDQUOT):
+        if code in (errno.ENOSPC, errno.EDQUOT) and not self._huge:
             return self._full_file_system()
-        # What is used up has less left than the smallest thing one can ask for
-        # (per-CPU caches hold a few pages back).
-        tight = [limit for limit in self.limits() if limit.available < max(self._page_size, 64 * PAGE_SIZE)]
+        # What is used up has less left than one chunk asks for (file systems and
+        # per-CPU caches hold a little back).
+        tight = [limit for limit in self.limits() if limit.available < max(self._page_size, _CHUNK)]
         if tight:
             return min(tight, key=lambda limit: limit.available).cause
         if code == errno.ENOMEM:
@@ -113,8 +113,9 @@ class Surroundings:
         # No size at all: the kernel's own shmem mount, or hugetlbfs without size=.
         if about.f_blocks == 0 or about.f_blocks >= _UNLIMITED:
             return
-        free = about.f_bfree if os.geteuid() == 0 else about.f_bavail
-        yield Limit(self._full_file_system(), free * about.f_frsize, "statvfs: free blocks", errno.ENOSPC)
+        # Not f_bfree: ext4 counts blocks in it that it keeps for itself, from root, too.
+        free = about.f_bavail * about.f_frsize
+        yield Limit(self._full_file_system(), free, "statvfs: available blocks", errno.ENOSPC)
 
     def _full_file_system(self) -> Cause:
         if self._huge:

@@ -19,7 +19,7 @@ from sparsemem._sys import calls as _calls
 from sparsemem._sys import ffi, lib, probe, residency
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
-from sparsemem._sys.files import shared_files, thp_size
+from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
@@ -95,7 +95,10 @@ class KernelMapping(Mapping):
         self.maps_adopted = not area.existing or self.recipe.evidence is Evidence.MAPPED_PAGES
         self.adopted = area.adopted
         self.fork_inherits = request.fork == "inherit"
-        self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls)
+        try:
+            self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls)
+        except OSError as error:
+            raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
         self._fd = area.fd
         self._unlink = area.unlink
         self._files = shared_files()
@@ -118,7 +121,7 @@ class KernelMapping(Mapping):
         takes 2 MiB, and khugepaged fills unplugged holes again.
         """
         huge = thp_size(self._files)
-        if self.page_size > residency.PAGE_SIZE or self.kind is Kind.SECRET:
+        if self.page_size > PAGE_SIZE or self.kind is Kind.SECRET:
             if wanted is not None:
                 raise ValueError(f"thp={wanted} makes no sense on {self.kind.value}: its page size is fixed")
             return None, self.page_size

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 
 from attrs import field, frozen
@@ -12,8 +14,8 @@ from attrs import field, frozen
 from sparsemem._sys.files import PAGE_SIZE
 from sparsemem.backends.base import Backend, Limit, Mapping, Request
 from sparsemem.backends.text import options_text
-from sparsemem.bitmap import Bitmap
 from sparsemem.errors import Cause, Run
+from sparsemem.runs import clip
 from sparsemem.units import Size, exact_size, parse_size
 
 
@@ -86,16 +88,53 @@ class Simulated(Backend):
         return options_text("simulated", {"capacity": capacity})
 
 
+class Intervals:
+    """A set of bytes as sorted, disjoint intervals: cheap however large the numbers are."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self.total = 0
+        """Bytes in all intervals."""
+
+    def within(self, offset: int, length: int) -> int:
+        """Bytes of the set in [offset, offset + length)."""
+        return sum(n for _, n in clip(self._touching(offset, length), [(offset, length)]))
+
+    def replace(self, offset: int, length: int, present: bool) -> None:
+        """Puts a range into the set, or takes it out."""
+        if length <= 0:
+            return
+        self.total += (length if present else 0) - self.within(offset, length)
+        end = offset + length
+        # All intervals that overlap or touch the range give way to what is left of them.
+        low, high = bisect_left(self._ends, offset), bisect_right(self._starts, end)
+        before = self._starts[low] if low < high else offset
+        after = self._ends[high - 1] if low < high else end
+        pieces = [(min(before, offset), max(after, end))] if present else [(before, offset), (end, after)]
+        pieces = [(start, stop) for start, stop in pieces if start < stop]
+        self._starts[low:high] = [start for start, _ in pieces]
+        self._ends[low:high] = [stop for _, stop in pieces]
+
+    def runs(self) -> list[Run]:
+        """All of it, as `(offset, length)`."""
+        return [(start, end - start) for start, end in zip(self._starts, self._ends, strict=True)]
+
+    def _touching(self, offset: int, length: int) -> list[Run]:
+        low, high = bisect_right(self._ends, offset), bisect_left(self._starts, offset + length)
+        return [(self._starts[i], self._ends[i] - self._starts[i]) for i in range(low, high)]
+
+
 class SimulatedMapping(Mapping):
-    """Pages that are in use, as a bitmap."""
+    """Bytes that are in use, as intervals."""
 
     def __init__(self, backend: Simulated, request: Request) -> None:
         self._backend = backend
         self.size = request.size
         self.page_size = backend.page_size
         self.strategy = "simulated"
-        self._used = Bitmap(request.size // self.page_size)
-        self._used_bytes = 0
+        self._used = Intervals()
+        self._lock = threading.RLock()
         self._calls = {"populate": 0, "discard": 0}
         self.fork_inherits = request.fork == "inherit"
         for offset, length in request.plugged:
@@ -103,15 +142,15 @@ class SimulatedMapping(Mapping):
 
     def populate(self, offset: int, length: int) -> None:
         self._begin("populate", offset, length)
-        self._populate(offset, length)
+        with self._lock:
+            self._populate(offset, length)
 
     def _populate(self, offset: int, length: int) -> None:
-        first, count = offset // self.page_size, length // self.page_size
-        new = length - self._used.count(first, count) * self.page_size
+        new = length - self._used.within(offset, length)
         capacity = self._backend.capacity
-        if capacity is not None and self._used_bytes + new > capacity:
+        if capacity is not None and self._used.total + new > capacity:
             # As a real backend does: what still fits is taken before it fails.
-            fits = (capacity - self._used_bytes) // self.page_size * self.page_size
+            fits = (capacity - self._used.total) // self.page_size * self.page_size
             self._mark(offset, min(fits, length), True)
             raise OSError(_errno.ENOSPC, os.strerror(_errno.ENOSPC))
         self._mark(offset, length, True)
@@ -130,24 +169,21 @@ class SimulatedMapping(Mapping):
                 raise OSError(fault.errno, os.strerror(fault.errno))
 
     def _mark(self, offset: int, length: int, used: bool) -> None:
-        first, count = offset // self.page_size, length // self.page_size
-        before = self._used.count(first, count)
-        (self._used.set if used else self._used.clear)(first, count)
-        self._used_bytes += ((count if used else 0) - before) * self.page_size
+        with self._lock:
+            self._used.replace(offset, length, used)
 
     def resident(self, offset: int, length: int) -> Iterator[Run]:
-        first, count = offset // self.page_size, length // self.page_size
-        for start, pages in self._used.runs(True, first, first + count):
-            yield start * self.page_size, pages * self.page_size
+        with self._lock:
+            return iter(clip(self._used.runs(), [(offset, length)]))
 
     def resident_total(self) -> int:
-        return self._used_bytes
+        return self._used.total
 
     def limits(self) -> Iterable[Limit]:
         if self._backend.capacity is not None:
-            left = self._backend.capacity - self._used_bytes
+            left = self._backend.capacity - self._used.total
             yield Limit(Cause.CAPACITY, left, "Simulated(capacity=)", _errno.ENOSPC)
 
     def diagnose(self, errno: int, offset: int) -> Cause:
-        full = self._backend.capacity is not None and self._used_bytes >= self._backend.capacity
+        full = self._backend.capacity is not None and self._used.total >= self._backend.capacity
         return Cause.CAPACITY if errno == _errno.ENOSPC and full else Cause.UNKNOWN

@@ -73,9 +73,6 @@ static int futex_populate(char *at, uint64_t length, uint64_t page, uint64_t *ca
 static int issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
 {
     char *at = job->base + offset;
-    uint64_t reached;
-    int error;
-
     job->calls++;
     switch (step) {
     case SM_STEP_DONTNEED:
@@ -90,10 +87,7 @@ static int issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
     case SM_STEP_POPULATE_WRITE:
         return result(madvise(at, length, MADV_POPULATE_WRITE));
     case SM_STEP_FUTEX:
-        error = futex_populate(at, length, job->page, &job->calls, &reached);
-        if (error)
-            job->inflight = reached;    /* for a backend that cannot discard */
-        return error;
+        return futex_populate(at, length, job->page, &job->calls, &job->reached);
     case SM_STEP_ZERO:
         memset(at, 0, length);          /* only ever after FUTEX, on its pages */
         return 0;
@@ -116,8 +110,7 @@ static int issue_or_fail(sm_job *job, unsigned step, uint64_t offset, uint64_t l
             if (error)
                 return error;
         }
-        if (step == SM_STEP_FUTEX)
-            job->inflight = fault->after < length ? fault->after : length;
+        job->reached = fault->after < length ? fault->after : length;
         return -fault->error;
     }
     return issue(job, step, offset, length);
@@ -150,6 +143,11 @@ int sm_advance(sm_job *job, uint64_t budget_ns)
             if (error == -EINTR)
                 return SM_MORE;
             if (error) {
+                /* Where nothing was done before it in this chunk, the futex way
+                 * knows how far it got.  That matters to a backend which cannot
+                 * discard: it zeroes what is populated, and must touch no more. */
+                if (i == 0 && job->steps[i] == SM_STEP_FUTEX)
+                    job->inflight = job->reached;
                 job->failed_step = job->steps[i];
                 return error;
             }

@@ -151,6 +151,7 @@ typedef struct {
     uint64_t inflight;      /* bytes after the cursor that were begun   */
     uint64_t bytes;         /* all bytes done                           */
     uint64_t calls;         /* system calls made                        */
+    uint64_t reached;       /* bytes that a failed futex step populated */
     unsigned failed_step;   /* the step that an error came from         */
     unsigned nsteps;
     unsigned steps[6];

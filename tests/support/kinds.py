@@ -1,0 +1,225 @@
+"""Every kind of mapping that a region can be made of, as one parametrised fixture.
+
+A `Kind` makes the backend and says, by the kernel's own accounting of that very mapping and independently of the
+library, how much memory a region of it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from sparsemem import Anonymous, File, Memfd, Region, Secret, Simulated
+from sparsemem.backends import Backend
+from tests.support import accounting
+from tests.support.accounting import Page
+
+TIB = 1 << 40
+TEMPLATE_SIZE = 256 << 20
+TEMPLATE_PATTERN = b"template"
+
+
+def private_bytes(region: Region) -> int:
+    """Pages of the process's own, present or swapped; the zero page and file pages do not count."""
+    runs = accounting.pagemap_scan(
+        region.address, region.size, any_of=Page.PRESENT | Page.SWAPPED, none_of=Page.PFNZERO | Page.FILE
+    )
+    return sum(end - start for start, end in runs)
+
+
+def _mapped(region: Region) -> int:
+    return accounting.smaps(region.address, region.size)["Rss"]
+
+
+def _in_file(region: Region) -> int:
+    return accounting.allocated_bytes(region.fileno())
+
+
+def _private_and_file(region: Region) -> int:
+    return private_bytes(region) + _in_file(region)
+
+
+def _hugetlb(region: Region) -> int:
+    return accounting.smaps(region.address, region.size).hugetlb
+
+
+def _simulated(region: Region) -> int:
+    return region.audit().resident_size
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of mapping.
+
+    Attributes:
+        id: Its name.
+        make: The backend, from a folder to put files in.
+        used: Bytes that a region of it uses.
+        block_size: The block size to test it with.
+        size: What can be reserved.
+        slack: Bytes that the file system may add for itself.
+        tmpfs, huge: What it needs.
+    """
+
+    id: str
+    make: Callable[[Path], Backend]
+    used: Callable[[Region], int]
+    block_size: int = 64 << 10
+    size: int = TIB
+    slack: int = 0
+    tmpfs: bool = False
+    huge: bool = False
+    hugetlbfs: bool = False
+
+    @property
+    def has_memory(self) -> bool:
+        return self.id != "simulated"
+
+    @property
+    def discards(self) -> bool:
+        return self.id != "memfd_secret"
+
+    @property
+    def shared_file(self) -> bool:
+        """Whether others can change the memory through a descriptor."""
+        return self.used is _in_file
+
+    def fresh(self, length: int) -> bytes:
+        """What a freshly plugged range at the start of a block reads."""
+        return (TEMPLATE_PATTERN * (length // 8 + 1))[:length] if "template" in self.id else bytes(length)
+
+
+def _template(folder: Path) -> File:
+    path = folder / "template"
+    if not path.exists():
+        with path.open("wb") as file:
+            file.write(TEMPLATE_PATTERN * (TEMPLATE_SIZE // 8 // 16))
+            file.truncate(TEMPLATE_SIZE)
+    return File(path, shared=False)
+
+
+def _adopted(folder: Path) -> File:
+    path = folder / "adopted"
+    path.touch()
+    return File(path)
+
+
+_HUGE = 2 << 20
+
+KINDS = [
+    Kind("anonymous private", lambda _: Anonymous(), private_bytes),
+    Kind("anonymous private 4K", lambda _: Anonymous(), private_bytes, block_size=4096),
+    Kind("anonymous private 2M", lambda _: Anonymous(), private_bytes, block_size=_HUGE),
+    Kind("anonymous shared", lambda _: Anonymous(shared=True), _mapped),
+    Kind("memfd shared", lambda _: Memfd(), _in_file),
+    Kind("memfd private", lambda _: Memfd(shared=False), _private_and_file),
+    Kind("tmpfs file shared", lambda folder: File(folder / "file"), _in_file, tmpfs=True),
+    Kind("tmpfs file private", lambda folder: File(folder / "file", shared=False), _private_and_file, tmpfs=True),
+    Kind("disk file owned", lambda folder: File(folder / "file"), _in_file, slack=64 << 10),
+    Kind("disk file adopted", _adopted, _in_file, slack=64 << 10),
+    Kind("disk file private", lambda folder: File(folder / "file", shared=False), private_bytes),
+    Kind("disk file template", _template, private_bytes, size=TEMPLATE_SIZE),
+    Kind("anonymous hugetlb", lambda _: Anonymous(hugetlb="2M"), _hugetlb, block_size=_HUGE, huge=True),
+    Kind("memfd hugetlb shared", lambda _: Memfd(hugetlb="2M"), _in_file, block_size=_HUGE, huge=True),
+    Kind("memfd hugetlb private", lambda _: Memfd(hugetlb="2M", shared=False), _hugetlb, block_size=_HUGE, huge=True),
+    Kind("hugetlbfs file shared", lambda f: File(f / "file"), _in_file, block_size=_HUGE, huge=True, hugetlbfs=True),
+    Kind(
+        "hugetlbfs file private",
+        lambda f: File(f / "file", shared=False),
+        _hugetlb,
+        block_size=_HUGE,
+        huge=True,
+        hugetlbfs=True,
+    ),
+    Kind("memfd_secret", lambda _: Secret(), _mapped, size=1 << 30),
+    Kind("simulated", lambda _: Simulated(), _simulated, block_size=_HUGE, size=1 << 50),
+]
+"""All of them."""
+
+
+@dataclass
+class Made:
+    """A kind on this machine, ready to make regions of."""
+
+    kind: Kind
+    backend: Backend
+
+    def region(self, size: int | None = None, **options: Any) -> Region:
+        """A region of the kind; by default of the size that it can reserve."""
+        options.setdefault("block_size", self.kind.block_size)
+        return Region(self.kind.size if size is None else size, backend=self.backend, **options)
+
+    def used(self, region: Region) -> int:
+        """What the kernel says that it uses."""
+        return self.kind.used(region)
+
+
+def make(kind: Kind, request: pytest.FixtureRequest, strategy: str = "auto") -> Made:
+    """Gets what the kind needs, or skips with the reason."""
+    folder: Path = request.getfixturevalue("tmp_path")
+    if kind.huge:
+        request.getfixturevalue("huge_pool")(16)
+    if kind.hugetlbfs:
+        folder = request.getfixturevalue("hugetlbfs_mount")()
+    elif kind.tmpfs:
+        folder = request.getfixturevalue("tmpfs_folder")
+    if kind.id == "memfd_secret":
+        try:
+            Region(1 << 20, block_size=4096, backend=Secret()).close()
+        except NotImplementedError as error:
+            pytest.skip(f"needs memfd_secret ({error})")
+        except OSError as error:
+            pytest.skip(f"needs root: to lock the memory of a memfd_secret ({error.strerror})")
+        folder = folder / "none"
+    backend = kind.make(folder)
+    if strategy != "auto":
+        backend = attrs.evolve(backend, strategy=strategy)
+    return Made(kind, backend)
+
+
+def params(*, strategies: tuple[str, ...] = ("auto",), where: Callable[[Kind], bool] = lambda kind: True) -> Any:
+    """Parameters for an indirect `made` fixture: the kinds, each with each strategy that it has."""
+    chosen = []
+    for kind in KINDS:
+        for strategy in strategies:
+            if where(kind) and (strategy == "auto" or kind.id not in ("memfd_secret", "simulated")):
+                chosen.append(pytest.param((kind, strategy), id=f"{kind.id}-{strategy}"))
+    return chosen
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest) -> Made:
+    """The kind that the test is parametrised with (`every_kind` and the like)."""
+    kind, strategy = request.param
+    return make(kind, request, strategy)
+
+
+every_kind = pytest.mark.parametrize("made", params(strategies=("auto", "futex")), indirect=True)
+"""Every kind with every way to populate: what an old kernel would do, too."""
+
+every_kind_once = pytest.mark.parametrize("made", params(), indirect=True)
+every_discarding = pytest.mark.parametrize(
+    "made", params(strategies=("auto", "futex"), where=lambda kind: kind.discards), indirect=True
+)
+every_viewable = pytest.mark.parametrize(
+    "made", params(where=lambda kind: kind.has_memory and kind.discards), indirect=True
+)
+
+
+@pytest.fixture
+def tmpfs_folder(request: pytest.FixtureRequest) -> Any:
+    """A folder on a tmpfs that anybody may use, removed afterwards."""
+    import shutil
+    import tempfile
+
+    try:
+        folder = tempfile.mkdtemp(prefix="sparsemem-test-", dir="/dev/shm")
+    except OSError as error:
+        pytest.skip(f"needs a tmpfs that this user may write to ({error})")
+    yield Path(folder)
+    shutil.rmtree(folder)
