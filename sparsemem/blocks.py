@@ -108,6 +108,11 @@ class BlockMap:
             _refuse(state, 0, "use")
 
     @property
+    def is_open(self) -> bool:
+        """Whether it is neither closed nor a child's copy that must not be used."""
+        return bool(lib.sm_blocks_state(self._c) == lib.SM_OK)
+
+    @property
     def forked(self) -> bool:
         """Whether this is a child's copy that must not be used."""
         return bool(lib.sm_blocks_state(self._c) == lib.SM_FORKED)

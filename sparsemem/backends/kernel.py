@@ -101,26 +101,26 @@ class KernelMapping(Mapping):
             raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
         self._fd = area.fd
         self._unlink = area.unlink
-        self._files = shared_files()
-        self.thp, align = self._resolve_thp(area.thp, request.block_size)
+        files = shared_files()
+        self._surroundings: Surroundings | None = None
+        self.thp, align = self._resolve_thp(area.thp, request.block_size, thp_size(files))
         self.granule = align
         self._map(area, request, align)
         try:
             self._advise(request)
-            self._surroundings = Surroundings(self._calls, self._files, area.kind, area.page_size, area.fd)
+            self._surroundings = Surroundings(self._calls, files, area.kind, area.page_size, area.fd)
         except BaseException:
             self.close()
             raise
 
     # ---- reserving -------------------------------------------------------------------
 
-    def _resolve_thp(self, wanted: bool | None, block_size: int) -> tuple[bool | None, int]:
+    def _resolve_thp(self, wanted: bool | None, block_size: int, huge: int | None) -> tuple[bool | None, int]:
         """Whether to ask for huge pages, and the alignment in bytes.
 
         A block smaller than a huge page has to be without: else a 4 KiB plug
         takes 2 MiB, and khugepaged fills unplugged holes again.
         """
-        huge = thp_size(self._files)
         if self.page_size > PAGE_SIZE or self.kind is Kind.SECRET:
             if wanted is not None:
                 raise ValueError(f"thp={wanted} makes no sense on {self.kind.value}: its page size is fixed")
@@ -244,10 +244,10 @@ class KernelMapping(Mapping):
         return total
 
     def limits(self) -> Iterable[Limit]:
-        return self._surroundings.limits()
+        return () if self._surroundings is None else self._surroundings.limits()
 
     def diagnose(self, errno: int, offset: int) -> Cause:
-        return self._surroundings.diagnose(errno, offset)
+        return Cause.UNKNOWN if self._surroundings is None else self._surroundings.diagnose(errno, offset)
 
     def fileno(self) -> int:
         if self._fd is None:
@@ -267,6 +267,7 @@ class KernelMapping(Mapping):
 
     def close(self) -> None:
         self._owner = None
+        self._surroundings = None  # the kernel's files close with the last who holds them
         if self._unlink is not None:
             path, self._unlink = self._unlink, None
             with contextlib.suppress(FileNotFoundError):

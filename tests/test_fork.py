@@ -1,0 +1,190 @@
+"""What a forked child has of a region: nothing that could hurt the parent."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from sparsemem import Anonymous, File, ForkedRegionError, Memfd, Region, RegionClosedError, Simulated
+from tests.support import accounting
+from tests.support.children import run_child
+from tests.support.kinds import Made, every_viewable
+from tests.test_listeners import Listener
+
+BLOCK = 64 << 10
+
+
+@every_viewable
+def test_a_child_cannot_use_the_region_and_its_end_changes_nothing(made: Made) -> None:
+    listener = Listener("parent")
+    with made.region() as region:
+        region.add_listener(listener)
+        region.plug(0, 2)
+        with region.view(0) as view:
+            view[:5] = b"hello"
+        used = made.used(region)
+
+        def child() -> str:
+            for operation in (
+                lambda: region.plug(3),
+                lambda: region.unplug(0),
+                lambda: region.view(0),
+                lambda: region.discard(0, region.page_size),
+                region.audit,
+                region.fileno,
+            ):
+                with pytest.raises(ForkedRegionError, match="parent"):
+                    operation()
+            assert issubclass(ForkedRegionError, RegionClosedError)
+            assert region.size
+            assert region.plugged_blocks == 2
+            events = len(listener.journal)
+            region.close()
+            assert len(listener.journal) == events
+            gc.collect()
+            return "fine"
+
+        assert run_child(child).result() == "fine"
+        assert made.used(region) == used
+        with region.view(0) as view:
+            assert view[:5] == b"hello"
+        region.unplug(0)
+
+
+@every_viewable
+def test_an_inherited_view_reads_zero_or_the_shared_memory_and_never_crashes(made: Made) -> None:
+    with made.region() as region:
+        region.plug(0)
+        view = region.view(0)
+        view[:5] = b"hello"
+
+        def child() -> bytes:
+            seen = bytes(view[:5])
+            view[5:10] = b"child"
+            return seen
+
+        shared = made.kind.shared_file or made.kind.id == "anonymous shared"
+        assert run_child(child).result() == (b"hello" if shared else bytes(5))
+        assert bytes(view[5:10]) == (b"child" if shared else made.kind.fresh(10)[5:10])
+        view.release()
+
+
+@pytest.mark.parametrize("backend", [Anonymous(), Memfd(), Memfd(shared=False), Anonymous(shared=True)], ids=str)
+def test_with_inherit_the_child_has_the_region_too(backend: Anonymous | Memfd) -> None:
+    with Region("1M", block_size=BLOCK, backend=backend, fork="inherit") as region:
+        region.plug(0)
+        with region.view(0) as view:
+            view[0] = 1
+
+        def child() -> int:
+            region.plug(4)
+            with region.view(0) as view:
+                view[0] += 1
+                value = view[0]
+            region.unplug(4)
+            region.close()
+            return value
+
+        assert run_child(child).result() == 2
+        with region.view(0) as view:
+            assert view[0] == (2 if backend.shared else 1)
+        assert region.plugged_blocks == 1
+
+
+def test_a_child_never_removes_the_file(tmp_path: Path) -> None:
+    with Region("1M", block_size=BLOCK, backend=File(tmp_path / "f", delete=True)) as region:
+        region.plug(0)
+
+        def child() -> None:
+            nonlocal region
+            region.close()
+            del region
+
+        run_child(child).result()
+        assert (tmp_path / "f").exists()
+        assert accounting.allocated_bytes(region.fileno()) >= BLOCK
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_child_of_multiprocessing_is_one_too() -> None:
+    def child(queue: multiprocessing.SimpleQueue[str]) -> None:
+        try:
+            region.plug(1)
+        except ForkedRegionError as error:
+            queue.put(str(error))
+
+    with Region("1M", block_size=BLOCK) as region:
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        process = context.Process(target=child, args=(queue,))
+        process.start()
+        assert "parent process" in queue.get()
+        process.join()
+        queue.close()
+
+
+def test_what_another_thread_had_in_hand_is_tainted_in_an_inheriting_child() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def latency(operation: str, length: int) -> float:
+        if threading.current_thread() is plugger:
+            entered.set()
+            leave.wait(20)
+        return 0.0
+
+    with Region("1M", block_size=BLOCK, backend=Simulated(latency=latency), fork="inherit") as region:
+        plugger = threading.Thread(target=lambda: region.plug(3))
+        plugger.start()
+        assert entered.wait(10)
+
+        def child() -> tuple[list[tuple[int, int]], int]:
+            tainted = list(region.tainted_runs())
+            region.plug(5)
+            return tainted, region.scrub()
+
+        assert run_child(child).result() == ([(3, 1)], 1)
+        leave.set()
+        plugger.join()
+        assert list(region.plugged_runs()) == [(3, 1)]
+        assert not list(region.tainted_runs())
+
+
+def test_forking_beside_busy_threads_never_hangs() -> None:
+    stop = threading.Event()
+
+    def work(first: int) -> None:
+        while not stop.is_set():
+            region.plug(first)
+            region.unplug(first)
+
+    with Region("1M", block_size=BLOCK, fork="inherit") as region:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(30):
+                assert run_child(lambda: region.plug(9) + region.unplug(9), timeout=20).result() == 2
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_the_parents_pid_is_not_needed() -> None:
+    """A grandchild is refused, too."""
+
+    def child() -> int:
+        def grandchild() -> int:
+            with pytest.raises(ForkedRegionError):
+                region.plug(0)
+            return os.getpid()
+
+        return run_child(grandchild).result()
+
+    with Region("1M", block_size=BLOCK) as region:
+        assert run_child(child).result() != os.getpid()

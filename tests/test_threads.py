@@ -1,0 +1,184 @@
+"""Overlapping operations wait for each other, disjoint ones run side by side, and nothing is lost."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from sparsemem import Anonymous, BlockStateError, Memfd, Region, Simulated, ViewsAliveError
+from sparsemem.backends import Backend
+
+BLOCK = 64 << 10
+
+
+class Gate:
+    """Holds populates of the simulated backend until it is opened, and tells who is inside."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.inside = threading.Semaphore(0)
+
+    def __call__(self, operation: str, length: int) -> float:
+        if operation == "populate":
+            self.inside.release()
+            assert self.open.wait(20)
+        return 0.0
+
+
+def start(function: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=function)
+    thread.start()
+    return thread
+
+
+def test_disjoint_operations_run_side_by_side() -> None:
+    gate = Gate()
+    with Region("1M", block_size=BLOCK, backend=Simulated(latency=gate)) as region:
+        threads = [start(lambda i=i: region.plug(i)) for i in range(4)]
+        for _ in range(4):
+            assert gate.inside.acquire(timeout=10), "one waited for another"
+        assert region.stats().busy_size == 4 * BLOCK
+        gate.open.set()
+        for thread in threads:
+            thread.join()
+        assert region.plugged_blocks == 4
+
+
+def test_overlapping_operations_wait_and_then_see_what_came_of_it() -> None:
+    gate, outcome = Gate(), []
+    with Region("1M", block_size=BLOCK, backend=Simulated(latency=gate)) as region:
+
+        def second() -> None:
+            try:
+                region.plug(2, 4)
+            except BlockStateError as error:
+                outcome.append(error.block)
+
+        first = start(lambda: region.plug(0, 4))
+        assert gate.inside.acquire(timeout=10)
+        waiting = start(second)
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        assert not outcome
+        gate.open.set()
+        first.join()
+        waiting.join()
+        assert outcome == [2]
+        assert list(region.plugged_runs()) == [(0, 4)]
+
+
+def test_an_unplug_waits_for_the_plug_of_the_same_blocks() -> None:
+    gate = Gate()
+    with Region("1M", block_size=BLOCK, backend=Simulated(latency=gate)) as region:
+        first = start(lambda: region.plug(0, 4))
+        assert gate.inside.acquire(timeout=10)
+        second = start(lambda: region.unplug(0, 4))
+        gate.open.set()
+        first.join()
+        second.join()
+        assert region.plugged_blocks == 0
+        assert region.audit().ok
+
+
+def test_two_who_look_for_room_never_get_the_same() -> None:
+    found: list[int | None] = []
+    with Region("4M", block_size=BLOCK, backend=Simulated()) as region:
+        threads = [start(lambda: found.extend(region.plug_fit(2) for _ in range(4))) for _ in range(8)]
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == list(range(0, 64, 2))
+        assert region.plug_fit(1) is None
+
+
+def test_concurrent_resizes_end_at_one_of_the_targets() -> None:
+    with Region("4M", block_size=BLOCK, backend=Simulated()) as region:
+        threads = [start(lambda n=n: region.resize(n * BLOCK)) for n in (5, 40, 17, 60, 1, 33)]
+        for thread in threads:
+            thread.join()
+        assert region.audit().ok
+        region.resize(12 * BLOCK)
+        assert region.plugged_blocks == 12
+
+
+@pytest.mark.parametrize("backend", [Anonymous(), Memfd(), Memfd(shared=False)], ids=str)
+def test_eight_threads_lose_no_block(backend: Backend) -> None:
+    """Each thread owns some blocks, whose content it checks, and all meddle with the common rest."""
+    faulthandler.dump_traceback_later(60, exit=True)
+    failures: list[BaseException] = []
+    deadline = time.monotonic() + 1.5
+
+    def work(me: int) -> None:
+        chance = random.Random(me)
+        mine = {block: 0 for block in range(me * 4, me * 4 + 4)}
+        try:
+            while time.monotonic() < deadline:
+                block = chance.choice(list(mine))
+                if not mine[block]:
+                    region.plug(block)
+                    mine[block] = chance.randrange(1, 256)
+                    with region.view(block) as view:
+                        assert not any(view[::4096])
+                        view[:] = bytes([mine[block]]) * len(view)
+                else:
+                    with region.view(block) as view:
+                        assert view[0] == view[-1] == mine[block]
+                    region.unplug(block)
+                    mine[block] = 0
+                common = 32 + chance.randrange(32)
+                try:
+                    chance.choice([region.plug, region.unplug])(common, chance.randrange(1, 5))
+                except (BlockStateError, ValueError, ViewsAliveError):
+                    pass
+            for block, byte in mine.items():
+                assert region.is_plugged(block) is bool(byte)
+        except BaseException as error:
+            failures.append(error)
+
+    with Region("4M", block_size=BLOCK, backend=backend) as region:
+        threads = [start(lambda me=me: work(me)) for me in range(8)]
+        for thread in threads:
+            thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        assert not failures
+        counts = region._core.blocks.counts()
+        assert (counts.busy, counts.claims, counts.pins) == (0, 0, 0)
+        assert region.audit().ok
+
+
+def test_finalisers_of_views_never_deadlock_in_garbage_collection() -> None:
+    """They run in whichever thread collects, in the middle of an operation, too."""
+    stop = threading.Event()
+
+    class Cycle:
+        def __init__(self, view: memoryview) -> None:
+            self.view, self.me = view, self
+
+    def litter() -> None:
+        while not stop.is_set():
+            for block in range(4):
+                Cycle(region.view(block))
+            gc.collect()
+
+    with Region("1M", block_size=BLOCK) as region:
+        region.plug(0, 4)
+        threads = [start(litter) for _ in range(2)]
+        threshold = gc.get_threshold()
+        gc.set_threshold(20)
+        try:
+            for _ in range(50):
+                region.plug(8, 2)
+                region.unplug(8, 2)
+        finally:
+            gc.set_threshold(*threshold)
+            stop.set()
+            for thread in threads:
+                thread.join(20)
+                assert not thread.is_alive()
+        gc.collect()
+        assert region.stats().views == 0
