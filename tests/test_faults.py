@@ -1,6 +1,6 @@
 """Every system call may fail at any time: afterwards all is as before, or tainted and reported.
 
-The errnos are those that the man pages of madvise, fallocate, futex, mmap, memfd_create, ftruncate, fcntl and open list.
+The errnos are those of the man pages of madvise, fallocate, futex, mmap, memfd_create, ftruncate, fcntl and open.
 """
 
 from __future__ import annotations

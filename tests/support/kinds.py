@@ -178,7 +178,7 @@ def make(kind: Kind, request: pytest.FixtureRequest, strategy: str = "auto") -> 
         folder = folder / "none"
     backend = kind.make(folder)
     if strategy != "auto":
-        backend = attrs.evolve(backend, strategy=strategy)
+        backend = attrs.evolve(backend, strategy=strategy)  # type: ignore[misc]  # those with strategies are attrs
     return Made(kind, backend)
 
 
