@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def members(runs: Any) -> set[int]:
 def test_run_algebra_is_that_of_sets(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> None:
     a, b = join(a), join(b)
     for runs in (a, b):
-        assert all(sum(x) < y[0] for x, y in zip(runs, runs[1:], strict=False)), "ascending and maximal"
+        assert all(sum(x) < y[0] for x, y in itertools.pairwise(runs)), "ascending and maximal"
     assert members(clip(a, b)) == members(a) & members(b)
     assert members(subtract(a, b)) == members(a) - members(b)
     assert members(to_blocks(a, 3)) == {i >> 3 for i in members(a)}
