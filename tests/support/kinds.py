@@ -117,7 +117,7 @@ KINDS = [
     Kind("anonymous private 4K", lambda _: Anonymous(), private_bytes, block_size=4096),
     Kind("anonymous private 2M", lambda _: Anonymous(), private_bytes, block_size=_HUGE),
     # Without root its audit is a mincore of all of it: 14 s for 1 TiB.
-    Kind("anonymous shared", lambda _: Anonymous(shared=True), _mapped, size=TIB if os.geteuid() == 0 else TIB >> 6),
+    Kind("anonymous shared", lambda _: Anonymous(shared=True), _mapped, size=TIB if os.geteuid() == 0 else TIB >> 8),
     Kind("memfd shared", lambda _: Memfd(), _in_file),
     Kind("memfd private", lambda _: Memfd(shared=False), _private_and_file),
     Kind("tmpfs file shared", lambda folder: File(folder / "file"), _in_file, tmpfs=True),
