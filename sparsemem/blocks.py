@@ -9,6 +9,7 @@ a KeyboardInterrupt sees either nothing or all of what a call does.
 from __future__ import annotations
 
 import enum
+import errno
 import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from sparsemem.errors import (
     BlockStateError,
     ForkedRegionError,
     RegionClosedError,
+    ReserveError,
     Run,
     ViewsAliveError,
 )
@@ -54,7 +56,7 @@ class BlockMap:
     def __init__(self, nblocks: int, block_size: int, page_size: int, budget: Budget | None = None) -> None:
         self._c = ffi.gc(lib.sm_blocks_new(nblocks, block_size, page_size), lib.sm_blocks_free)
         if not self._c:
-            raise MemoryError(f"no address space for a map of {nblocks} blocks")
+            raise ReserveError(errno.ENOMEM, f"no address space for a map of {nblocks} blocks; see ulimit -v")
         self.nblocks = nblocks
         self.budget = budget
         if budget is not None:

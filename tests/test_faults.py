@@ -305,7 +305,7 @@ def test_a_secret_plug_that_fails_leaves_its_blocks_tainted_and_zeroed(
     inject: Injector, request: pytest.FixtureRequest
 ) -> None:
     made = make(_kind("memfd_secret"), request)
-    with made.region(1 << 24) as region:
+    with made.region(1 << 22) as region:
         region.plug(0)
         inject.step(Step.FUTEX, errno=errno.EFAULT, nth=2, after=4096)
         with pytest.raises(PopulateError) as caught:

@@ -138,7 +138,8 @@ KINDS = [
         huge=True,
         hugetlbfs=True,
     ),
-    Kind("memfd_secret", lambda _: Secret(), _mapped, size=1 << 30),
+    # It counts as locked memory: ulimit -l is 8 MiB for most users.
+    Kind("memfd_secret", lambda _: Secret(), _mapped, size=1 << 30 if os.geteuid() == 0 else 4 << 20),
     Kind("simulated", lambda _: Simulated(), _simulated, block_size=_HUGE, size=1 << 50),
 ]
 """All of them."""
