@@ -26,7 +26,9 @@ from sparsemem.errors import (
     BlockRangeError,
     DiscardError,
     RegionClosedError,
+    ReserveError,
     Run,
+    SparseMemError,
 )
 from sparsemem.geometry import check_block_size, check_name, check_size
 from sparsemem.headroom import Gauge, Headroom, check_mode
@@ -115,7 +117,7 @@ class Region:
         self._name = check_name(name)
         given = collect(plugged, self.nblocks)
         blocks = BlockMap(self.nblocks, self._block_size, self._page_size, budget)
-        self._mapping: Mapping = backend.reserve(self._request(given, dump))
+        self._mapping: Mapping = _reserve(backend, self._request(given, dump))
         try:
             self._address = self._mapping.address
             gauge = Gauge(self._mapping.limits, headroom)
@@ -676,6 +678,18 @@ class Region:
             f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, name={self._name!r}), "
             f"{state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
         )
+
+
+def _reserve(backend: Backend, request: Request) -> Mapping:
+    """The backend's mapping; whatever system call failed in it, the error is ours and says of what."""
+    try:
+        return backend.reserve(request)
+    except SparseMemError:
+        raise
+    except OSError as error:
+        raise ReserveError(
+            error.errno, f"cannot reserve {exact_size(request.size)} of {backend}: {error.strerror}"
+        ) from error
 
 
 def _positive(value: Any, what: str) -> int:

@@ -395,3 +395,72 @@ def test_every_strategy_can_be_chosen_by_name() -> None:
     for strategy in ("populate_write", "futex"):
         with Region("64M", backend=attrs.evolve(Memfd(), strategy=strategy)) as region:
             assert region.stats().strategy == strategy
+
+
+@pytest.mark.parametrize("call", ["fstat", "filesystem", "open_flags", "lseek"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("code", ["EIO", "EBADF", "EOVERFLOW"])
+def test_an_adoption_that_cannot_look_at_the_file_leaves_it_alone(
+    call: str, nth: int, code: str, inject: Injector
+) -> None:
+    fd = os.memfd_create("adopted")
+    try:
+        before = accounting.open_descriptors()
+        inject.call(call, errno=number(code), nth=nth)
+        try:
+            Region("16M", block_size="64K", backend=File(fd=fd)).close()
+        except ReserveError as error:
+            assert error.errno == number(code)
+            assert os.fstat(fd).st_size == 0
+            del error
+        else:
+            assert inject.made.count(call) < nth, "the fault was swallowed"
+        assert accounting.open_descriptors() == before
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("code", ["EIO", "EBADF", "ENOSYS"])
+def test_headroom_does_without_a_statvfs_that_fails(code: str, tmp_path: Path, inject: Injector) -> None:
+    with Region("16M", block_size="64K", backend=File(tmp_path / "f")) as region:
+        inject.call("statvfs", errno=number(code), repeat=5)
+        assert region.headroom().available is None
+        assert region.plug(0, 4) == 4
+
+
+@pytest.mark.parametrize("code", ["EIO", "EBADF", "ESPIPE"])
+def test_an_audit_that_cannot_look_says_so_and_changes_nothing(code: str, inject: Injector) -> None:
+    with Region("16M", block_size="64K", backend=Memfd()) as region:
+        region.plug(0, 4)
+        inject.call("lseek", errno=number(code))
+        with pytest.raises(OSError, match=os.strerror(number(code))):
+            region.audit()
+        assert region.audit().ok
+        assert plugged(region) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("code", ["EIO", "EPERM", "EROFS", "EBUSY"])
+def test_a_file_that_cannot_be_removed_is_said_and_the_rest_is_closed(
+    code: str, tmp_path: Path, inject: Injector
+) -> None:
+    before = accounting.open_descriptors()
+    region = Region("16M", block_size="64K", backend=File(tmp_path / "f", delete=True))
+    inject.call("unlink", errno=number(code))
+    with pytest.raises(OSError, match=os.strerror(number(code))):
+        region.close()
+    assert region.closed
+    region.close()
+    assert accounting.open_descriptors() == before
+    assert (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("code", ["EIO", "EINTR", "ENOSPC"])
+def test_an_error_of_close_is_said_and_the_region_is_closed_all_the_same(code: str, inject: Injector) -> None:
+    region = Region("16M", block_size="64K", backend=Memfd())
+    fd = region.fileno()
+    inject.call("close", errno=number(code), when=lambda closing: closing == fd)
+    with pytest.raises(OSError, match=os.strerror(number(code))):
+        region.close()
+    assert region.closed
+    region.close()
+    os.close(fd)  # the injected close did not

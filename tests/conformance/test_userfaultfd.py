@@ -1,0 +1,91 @@
+"""Two errors of MADV_POPULATE_WRITE that only userfaultfd can make: SIGBUS mode and a poisoned page."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from sparsemem import Cause, PopulateError, Region
+from tests.conformance.raw import DONTNEED, PAGE, POPULATE_WRITE, madvise, mapping
+
+_NUMBER = {"x86_64": 323, "aarch64": 282}
+_USER_MODE_ONLY = 1
+_SIGBUS, _POISON = 1 << 7, 1 << 14
+EHWPOISON = 133
+
+
+def _iowr(number: int, size: int) -> int:
+    return 3 << 30 | size << 16 | 0xAA << 8 | number
+
+
+class Userfaultfd:
+    """One userfaultfd object."""
+
+    def __init__(self, features: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        number = _NUMBER.get(platform.machine())
+        if number is None:
+            pytest.skip("needs the number of this architecture's userfaultfd call")
+        self.fd = libc.syscall(number, os.O_CLOEXEC | _USER_MODE_ONLY)
+        if self.fd < 0:
+            pytest.skip(f"needs userfaultfd ({os.strerror(ctypes.get_errno())})")
+        try:
+            fcntl.ioctl(self.fd, _iowr(0x3F, 24), struct.pack("QQQ", 0xAA, features, 0))
+        except OSError:
+            os.close(self.fd)
+            pytest.skip("needs a kernel with these userfaultfd features (SIGBUS, UFFDIO_POISON)")
+
+    def register(self, start: int, length: int) -> None:
+        fcntl.ioctl(self.fd, _iowr(0x00, 32), struct.pack("QQQQ", start, length, 1, 0))
+
+    def poison(self, start: int, length: int) -> None:
+        fcntl.ioctl(self.fd, _iowr(0x08, 32), struct.pack("QQQq", start, length, 0, 0))
+
+
+@pytest.fixture
+def sigbus() -> Iterator[Userfaultfd]:
+    made = Userfaultfd(_SIGBUS)
+    yield made
+    os.close(made.fd)
+
+
+@pytest.fixture
+def poison() -> Iterator[Userfaultfd]:
+    made = Userfaultfd(_POISON)
+    yield made
+    os.close(made.fd)
+
+
+def test_sigbus_mode_is_efault(sigbus: Userfaultfd) -> None:
+    with mapping() as raw:
+        sigbus.register(raw.address, raw.size)
+        assert madvise(raw.address, raw.size, POPULATE_WRITE) == errno.EFAULT
+        assert raw.private() == 0
+
+
+def test_a_poisoned_page_is_ehwpoison_and_a_discard_heals_it(poison: Userfaultfd) -> None:
+    with mapping() as raw:
+        poison.register(raw.address + 4 * PAGE, PAGE)
+        poison.poison(raw.address + 4 * PAGE, PAGE)
+        assert madvise(raw.address, raw.size, POPULATE_WRITE) == EHWPOISON
+        assert madvise(raw.address + 4 * PAGE, PAGE, DONTNEED) == 0
+
+
+def test_a_page_poisoned_in_use_is_told_by_its_cause(poison: Userfaultfd) -> None:
+    """A plug discards first and so heals; populating again inside a plugged block meets the poison."""
+    with Region("1M", block_size="64K") as region:
+        region.plug(0)
+        region.discard(0, PAGE)
+        poison.register(region.address, PAGE)
+        poison.poison(region.address, PAGE)
+        with pytest.raises(PopulateError) as caught:
+            region.populate(0, 2 * PAGE)
+        assert caught.value.errno == EHWPOISON
+        assert caught.value.cause is Cause.POISONED
