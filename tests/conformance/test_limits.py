@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tests.conformance.raw import (
     REMOVE,
     SIZE,
     madvise,
+    mapping,
     punch,
     supports,
 )
@@ -64,3 +67,43 @@ def test_reserving_costs_nothing_even_if_all_memory_is_to_be_locked(backend: Any
             return reserved, accounting.smaps(region.address, region.size)["Rss"]
 
     assert run_child(child).result() == (0, 4 << 20)
+
+
+def _guest_memfd() -> tuple[int, list[int]]:
+    """A guest_memfd that can be mapped, and what else has to be closed (linux/kvm.h)."""
+    create_vm = 0xAE01
+    create_guest_memfd = 3 << 30 | 64 << 16 | 0xAE << 8 | 0xD4
+    mmap_and_init_shared = 3
+    try:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        pytest.skip(f"needs root: KVM, for a guest_memfd ({error.strerror})")
+    try:
+        vm = fcntl.ioctl(kvm, create_vm, 0)
+    except OSError as error:
+        os.close(kvm)
+        pytest.skip(f"needs KVM to make a virtual machine, for a guest_memfd ({error.strerror})")
+    try:
+        argument = bytearray(struct.pack("8Q", SIZE, mmap_and_init_shared, *[0] * 6))
+        return fcntl.ioctl(vm, create_guest_memfd, argument), [vm, kvm]
+    except OSError as error:
+        os.close(vm)
+        os.close(kvm)
+        pytest.skip(f"needs a kernel with guest_memfd that can be mapped ({error.strerror})")
+
+
+@pytest.mark.parametrize(("call", "discards"), [("DONTNEED", False), ("PUNCH", True), ("REMOVE", True)])
+def test_a_guest_memfd_is_discarded_like_any_shared_file(call: str, discards: bool) -> None:
+    fd, others = _guest_memfd()
+    try:
+        with mapping(shared=True, fd=fd) as raw:
+            assert raw.populated()
+            raw.write(0, b"data")
+            if call == "PUNCH":
+                assert punch(fd, 0, PAGE) == 0
+            else:
+                assert madvise(raw.address, PAGE, DONTNEED if call == "DONTNEED" else REMOVE) == 0
+            assert raw.read(0, 4) == (bytes(4) if discards else b"data")
+    finally:
+        for number in (fd, *others):
+            os.close(number)
