@@ -100,6 +100,10 @@ def demonstrate(candidate: Candidate, size: int, plug: int) -> Report:
         report.skipped = reason(error)
         return report
     with region:
+        if region.plugged_size:
+            # Adopted data: the demonstration ends by unplugging everything, which would discard it.
+            report.skipped = f"it holds {exact_size(region.plugged_size)} of data, which a demonstration would discard"
+            return report
         report.backend, report.strategy = str(backend), region.stats().strategy
         report.size, report.block_size = region.size, region.block_size
         count = max(4, min(plug // region.block_size, region.nblocks // 2))

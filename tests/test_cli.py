@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,20 @@ def test_a_check_that_fails_is_shown_and_is_the_exit_status(
     monkeypatch.setattr(demonstration, "used_bytes", lambda region: 12345)
     assert cli.main(["demo", "--plug", "8M", "--backend", "memfd"]) == 1
     assert "FAILED reserving 1T uses no memory" in capsys.readouterr().out
+
+
+def test_the_demo_never_discards_data_that_somebody_has(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+        file.seek(500 << 20)  # beyond what the demo would plug
+        file.write(b"precious")
+    done = run("demo", "--plug", "8M", "--size", "1G", "--backend", f"file:{path},existing=adopt")
+    assert "which a demonstration would discard" in done.stdout
+    assert done.returncode == 1
+    with path.open("rb") as file:
+        file.seek(500 << 20)
+        assert file.read(8) == b"precious"
 
 
 def test_the_demo_runs_without_privileges(capsys: pytest.CaptureFixture[str]) -> None:
