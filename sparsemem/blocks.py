@@ -58,6 +58,7 @@ class BlockMap:
         if not self._c:
             raise ReserveError(errno.ENOMEM, f"no address space for a map of {nblocks} blocks; see ulimit -v")
         self.nblocks = nblocks
+        self._block_size = block_size
         self.budget = budget
         if budget is not None:
             lib.sm_blocks_set_budget(self._c, budget.c)
@@ -70,7 +71,11 @@ class BlockMap:
         """
         if lib.sm_blocks_adopt(self._c, runs.array, runs.n) == lib.SM_BUDGET:
             assert self.budget is not None
-            self.budget.refuse(runs.total)
+            self.budget.refuse(runs.total * self._block_size)
+
+    def abandon(self) -> None:
+        """Gives what is plugged back to the budget, for a region that goes without being closed."""
+        lib.sm_blocks_abandon(self._c)
 
     # ---- reading -----------------------------------------------------------------------
 
@@ -151,13 +156,9 @@ class BlockMap:
             _refuse(code, where[0], "view", plugged=False)
         return pin
 
-    def before_fork(self) -> None:
-        """Holds the mutex, so that the child's copy of the maps is whole."""
-        lib.sm_blocks_before_fork(self._c)
-
-    def after_fork(self, *, child: bool, refuse: bool = False) -> None:
-        """Lets go of the mutex; in the child, taints what other threads had in hand."""
-        lib.sm_blocks_after_fork(self._c, child, refuse, threading.get_ident())
+    def after_fork(self, *, refuse: bool) -> None:
+        """In a child: taints what other threads had in hand, and closes the map if it is the parent's alone."""
+        lib.sm_blocks_after_fork(self._c, refuse, threading.get_ident())
 
 
 class Claim:

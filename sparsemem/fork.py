@@ -20,7 +20,6 @@ MODES = ("refuse", "inherit")
 
 _log = logging.getLogger("sparsemem")
 _cores: weakref.WeakSet[Core] = weakref.WeakSet()
-_held: list[Core] = []
 
 
 def register(core: Core) -> None:
@@ -28,31 +27,17 @@ def register(core: Core) -> None:
     _cores.add(core)
 
 
-def _before() -> None:
-    # The mutexes are held across fork(), so that the child's copies of the maps
-    # are whole.
-    _held[:] = list(_cores)
-    for core in _held:
-        core.blocks.before_fork()
-
-
-def _after_in_parent() -> None:
-    for core in _held:
-        core.blocks.after_fork(child=False)
-    _held.clear()
-
-
 def _after_in_child() -> None:
-    for core in _held:
+    for core in list(_cores):
         refuse = not core.mapping.fork_inherits
-        core.blocks.after_fork(child=True, refuse=refuse)
+        core.blocks.after_fork(refuse=refuse)
         core.tally.after_fork()
         if refuse:
             try:
                 core.mapping.after_fork_in_child()
             except OSError:
                 _log.debug("no placeholder for a mapping that the child does not have", exc_info=True)
-    _held.clear()
 
 
-os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+# The maps' mutexes are seen to in the shim (pthread_atfork): no Python may run while they are held.
+os.register_at_fork(after_in_child=_after_in_child)

@@ -316,11 +316,13 @@ class Whole(Operation):
         self._event = event
         self._close = close
         self._force = force
+        self._before: tuple[Listener, ...] | None = None
         self._announcement: Announcement | None = None
 
     def perform(self) -> int:
         core = self.core
         self.claim.take(Want.WHOLE, strict=self._close and not self._force)
+        self._before = core.listeners
         plugged = core.blocks.runs(Map.PLUGGED, True) if self._listeners else ()
         self._announcement = Announcement(self._listeners, self._event, plugged)
         try:
@@ -339,6 +341,9 @@ class Whole(Operation):
     def undo(self, error: BaseException | None) -> None:
         if not self.claim.open:
             return
+        if self._before is not None:
+            # An interrupt may have come between the commit and the end of the claim.
+            self.core.listeners = self._before
         if self._announcement is not None:
             self._announcement.take_back()
         self.claim.finish()
@@ -352,6 +357,8 @@ class Join(Whole):
         self._listener = listener
 
     def commit(self) -> None:
+        if any(known is self._listener for known in self.core.listeners):
+            raise ValueError(f"{self._listener!r} is registered already")  # another thread was faster
         self.core.listeners = (*self.core.listeners, self._listener)
 
 
@@ -363,9 +370,8 @@ class Leave(Whole):
         self._listener = listener
 
     def commit(self) -> None:
-        rest = list(self.core.listeners)
-        rest.remove(self._listener)
-        self.core.listeners = tuple(rest)
+        # By identity: listeners that compare equal are still two.
+        self.core.listeners = tuple(known for known in self.core.listeners if known is not self._listener)
 
 
 def require_discard(mapping: Mapping) -> None:

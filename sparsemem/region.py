@@ -89,6 +89,8 @@ class Region:
         UnsupportedError: The machine has no such thing.
     """
 
+    _closed = True  # of an object whose __init__ never began
+
     def __init__(
         self,
         size: Size,
@@ -126,6 +128,7 @@ class Region:
             self._closed = False
             _fork.register(self._core)
         except BaseException:
+            blocks.abandon()
             self._mapping.close()
             raise
 
@@ -571,11 +574,15 @@ class Region:
         Waits until no operation is in flight.
 
         Raises:
+            TypeError: It lacks a method.
             ValueError: It is registered already.
             ListenerVetoError: It refused; it is not registered.
         """
         if any(known is listener for known in self._core.listeners):
             raise ValueError(f"{listener!r} is registered already")
+        for event in ("on_plug", "on_unplug"):
+            if not callable(getattr(listener, event, None)):
+                raise TypeError(f"{listener!r} is no listener: it has no {event}()")
         execute(Join(self._core, listener))
 
     def remove_listener(self, listener: Listener) -> None:
@@ -665,6 +672,7 @@ class Region:
     def __del__(self) -> None:
         if not self._closed and not self._core.blocks.forked:
             self._closed = True
+            self._core.blocks.abandon()
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             self._mapping.close()
 

@@ -48,7 +48,8 @@ class Tally:
     """Counts operations; thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler or a __del__ may come in the middle and use a region.
+        self._lock = threading.RLock()
         self.counts: dict[str, float] = dict.fromkeys(
             (
                 "plugs",
@@ -77,7 +78,7 @@ class Tally:
 
     def after_fork(self) -> None:
         """In a child the lock may be held by a thread that does not exist there."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def _add(self, **amounts: float) -> None:
         with self._lock:

@@ -29,7 +29,8 @@ class KernelFiles:
     def __init__(self, root: str = "") -> None:
         self._root = root.rstrip("/")
         self._fds: dict[str, int] = {}
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler or a __del__ may come in the middle and plug.
+        self._lock = threading.RLock()
         self.memo: dict[Hashable, Any] = {}
         """What readers work out once and keep as long as what it depends on stays."""
 
@@ -90,7 +91,7 @@ class KernelFiles:
 
     def after_fork(self) -> None:
         """In a child: what /proc/self was opened for is the parent, and a thread may have held the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.close()
 
     def __del__(self) -> None:

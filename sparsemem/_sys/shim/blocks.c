@@ -34,6 +34,7 @@ struct sm_blocks {
     sm_budget *budget;
     uint64_t *discarded;            /* pages discarded inside plugged blocks    */
     uint64_t pages_per_block;       /*   (a map that is made when one first is) */
+    struct sm_blocks *next, **link; /* all maps, for fork()                     */
 };
 
 static int init_sync(sm_blocks *b)
@@ -48,10 +49,71 @@ static int init_sync(sm_blocks *b)
     return error;
 }
 
+/*
+ * fork() copies mutexes as they are.  All maps are locked across it, so that the
+ * child's copies are whole.  That is done here and not by a Python hook: other
+ * hooks, garbage collection and finalisers would run while the mutexes are held.
+ * The order is the list first, then the maps; nobody else takes both.
+ */
+static pthread_mutex_t list_mutex = PTHREAD_MUTEX_INITIALIZER;
+static sm_blocks *all_maps;
+
+static void before_fork(void)
+{
+    pthread_mutex_lock(&list_mutex);
+    for (sm_blocks *b = all_maps; b; b = b->next)
+        pthread_mutex_lock(&b->mutex);
+}
+
+static void after_fork_in_parent(void)
+{
+    for (sm_blocks *b = all_maps; b; b = b->next)
+        pthread_mutex_unlock(&b->mutex);
+    pthread_mutex_unlock(&list_mutex);
+}
+
+static void after_fork_in_child(void)
+{
+    for (sm_blocks *b = all_maps; b; b = b->next)
+        init_sync(b);
+    pthread_mutex_init(&list_mutex, NULL);
+}
+
+static void watch_fork(void)
+{
+    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
+
+static void enlist(sm_blocks *b)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+    pthread_once(&once, watch_fork);
+    pthread_mutex_lock(&list_mutex);
+    b->next = all_maps;
+    b->link = &all_maps;
+    if (b->next)
+        b->next->link = &b->next;
+    all_maps = b;
+    pthread_mutex_unlock(&list_mutex);
+}
+
+static void delist(sm_blocks *b)
+{
+    if (!b->link)
+        return;
+    pthread_mutex_lock(&list_mutex);
+    *b->link = b->next;
+    if (b->next)
+        b->next->link = b->link;
+    pthread_mutex_unlock(&list_mutex);
+}
+
 void sm_blocks_free(sm_blocks *b)
 {
     if (!b)
         return;
+    delist(b);
     /* Claims and pins belong to their holders, who drop them later. */
     for (sm_claim *claim = b->claims; claim; claim = claim->next)
         claim->blocks = NULL;
@@ -80,6 +142,7 @@ sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_si
         sm_blocks_free(b);
         return NULL;
     }
+    enlist(b);
     return b;
 }
 
@@ -174,6 +237,16 @@ static void budget_settle(sm_blocks *b, uint64_t delta)
 {
     if (b->budget && delta)
         __atomic_add_fetch(&b->budget->used, delta, __ATOMIC_ACQ_REL);
+}
+
+/* The region goes without being closed: what it had counts no more. */
+void sm_blocks_abandon(sm_blocks *b)
+{
+    lock(b);
+    if (b->state != SM_CLOSED)
+        budget_settle(b, -(b->nplugged * b->block_size));
+    b->budget = NULL;
+    unlock(b);
 }
 
 /* ---- maps and their counters --------------------------------------------------- */
@@ -573,18 +646,11 @@ void sm_pin_drop(sm_pin *pin)
 
 /* ---- fork --------------------------------------------------------------------- */
 
-/* fork() copies the mutex as it is: held by us it is at least consistent. */
-void sm_blocks_before_fork(sm_blocks *b) { lock(b); }
-
-void sm_blocks_after_fork(sm_blocks *b, int child, int refuse, uint64_t owner)
+/* In the child.  Only the forking thread lives on: what the others had in hand is in
+ * an unknown state here. */
+void sm_blocks_after_fork(sm_blocks *b, int refuse, uint64_t owner)
 {
-    if (!child) {
-        unlock(b);
-        return;
-    }
-    /* Only the forking thread lives on.  What the others had in hand is in an
-     * unknown state here. */
-    init_sync(b);
+    lock(b);
     b->waiting_for_all = 0;
     for (sm_claim *claim = b->claims, *next; claim; claim = next) {
         next = claim->next;
@@ -599,4 +665,5 @@ void sm_blocks_after_fork(sm_blocks *b, int child, int refuse, uint64_t owner)
         if (b->state == SM_OK)
             b->state = SM_FORKED;
     }
+    unlock(b);
 }

@@ -87,6 +87,7 @@ typedef struct {
 sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_size);
 void sm_blocks_free(sm_blocks *blocks);
 void sm_blocks_set_budget(sm_blocks *blocks, sm_budget *budget);
+void sm_blocks_abandon(sm_blocks *blocks);
 const uint64_t *sm_blocks_plugged(const sm_blocks *blocks);
 void sm_blocks_counts(sm_blocks *blocks, sm_counts *out);
 uint64_t sm_blocks_count(sm_blocks *blocks, int which, uint64_t first, uint64_t count);
@@ -97,8 +98,7 @@ int sm_blocks_mark_pages(sm_blocks *blocks, uint64_t first, uint64_t count, int 
 size_t sm_blocks_discarded_runs(sm_blocks *blocks, uint64_t from, uint64_t to, sm_run *out,
                                 size_t capacity, uint64_t *next);
 int sm_blocks_adopt(sm_blocks *blocks, const sm_run *runs, size_t nruns);
-void sm_blocks_before_fork(sm_blocks *blocks);
-void sm_blocks_after_fork(sm_blocks *blocks, int child, int refuse, uint64_t owner);
+void sm_blocks_after_fork(sm_blocks *blocks, int refuse, uint64_t owner);
 int sm_blocks_state(sm_blocks *blocks);
 
 enum { SM_MAP_PLUGGED, SM_MAP_BUSY, SM_MAP_TAINTED };

@@ -1,0 +1,154 @@
+"""What a hostile review found and the tests before it had missed; each of these failed before its fix."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import threading
+
+import pytest
+
+from sparsemem import BackendExhaustedError, Budget, Memfd, Region
+from tests.support.children import run_child
+from tests.support.injector import Injector
+
+BLOCK = 64 << 10
+
+
+def test_garbage_collected_in_another_fork_hook_does_not_deadlock() -> None:
+    """Our mutexes were held across other hooks, and a view that dies there takes one."""
+
+    def child() -> int:
+        region = Region("1M", block_size=BLOCK)
+        region.plug(0, 2)
+        doomed = [region.view(0)]
+        os.register_at_fork(before=lambda: doomed.clear())
+        for _ in range(3):
+            assert run_child(lambda: 1, timeout=10).result() == 1
+            doomed.append(region.view(1))
+        doomed.clear()
+        region.close()
+        return 7
+
+    assert run_child(child, timeout=50).result() == 7
+
+
+def test_threads_that_fork_at_once_do_not_deadlock() -> None:
+    def child() -> int:
+        def fork_often() -> None:
+            for _ in range(60):
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(0)
+                os.waitpid(pid, 0)
+                done.append(pid)
+
+        done: list[int] = []
+        with Region("1M", block_size=BLOCK), Region("1M", block_size=BLOCK, backend=Memfd()):
+            threads = [threading.Thread(target=fork_often) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return len(done)
+
+    assert run_child(child, timeout=50).result() == 180
+
+
+def test_a_signal_handler_may_plug_at_any_moment() -> None:
+    """It ran into a lock that the interrupted operation of the same thread held."""
+
+    def child() -> bool:
+        with Region("1M", block_size=BLOCK) as region, Region("1M", block_size=BLOCK) as other:
+
+            def handler(*_: object) -> None:
+                other.plug(0)
+                other.unplug(0)
+
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+            try:
+                for _ in range(8000):
+                    region.plug(1)
+                    region.unplug(1)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            return region.audit().ok and other.audit().ok
+
+    assert run_child(child, timeout=50).result()
+
+
+def test_a_region_that_is_dropped_or_cannot_be_made_gives_its_budget_back(inject: Injector) -> None:
+    from sparsemem.recipes import Step
+
+    budget = Budget("8M")
+    region = Region("8M", block_size=BLOCK, budget=budget)
+    region.plug(0, 4)
+    assert budget.used == 4 * BLOCK
+    with pytest.warns(ResourceWarning):
+        del region
+        gc.collect()
+    assert budget.used == 0
+    inject.step(Step.POPULATE_WRITE, errno=errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        Region("8M", block_size=BLOCK, budget=budget, plugged=[(0, 4)])
+    assert budget.used == 0
+    with pytest.raises(BackendExhaustedError, match="9M is more than the 8M"):
+        Region("16M", block_size="1M", budget=budget, plugged=[(0, 9)])
+
+
+def test_listeners_that_compare_equal_are_still_two() -> None:
+    class Equal:
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Equal)
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def on_plug(self, first: int, count: int) -> None:
+            self.told.append("plug")
+
+        def on_unplug(self, first: int, count: int) -> None:
+            self.told.append("unplug")
+
+    with Region("1M", block_size=BLOCK) as region:
+        one, two = Equal(), Equal()
+        region.add_listener(one)
+        region.add_listener(two)
+        region.remove_listener(two)
+        region.plug(0)
+        assert (one.told, two.told) == (["plug"], [])
+
+
+def test_what_is_no_listener_is_refused_before_it_is_needed() -> None:
+    class Half:
+        def on_plug(self, first: int, count: int) -> None: ...
+
+    with Region("1M", block_size=BLOCK) as region, pytest.raises(TypeError, match=r"no on_unplug\(\)"):
+        region.add_listener(Half())  # type: ignore[arg-type]
+
+
+def test_a_view_may_die_in_one_thread_while_its_region_dies_in_another() -> None:
+    """A crash here is a use after free; the view keeps the block map alive now."""
+
+    def child() -> bool:
+        for _ in range(400):
+            region = Region("1M", block_size=BLOCK)
+            region.plug(0, 8)
+            views = [region.view(i) for i in range(8)]
+            region._close(force=True)
+            holders = [[view] for view in views]
+            del views
+            threads = [threading.Thread(target=holder.clear) for holder in holders]
+            for thread in threads:
+                thread.start()
+            del region
+            for thread in threads:
+                thread.join()
+        return True
+
+    assert run_child(child, timeout=60).result()
