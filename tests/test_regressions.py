@@ -1,4 +1,4 @@
-"""What a hostile review found and the tests before it had missed; each of these failed before its fix."""
+"""What a hostile review found and the tests before it had missed; each failed before its fix, but for one that says so."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -17,22 +19,26 @@ from tests.support.injector import Injector
 BLOCK = 64 << 10
 
 
-def test_garbage_collected_in_another_fork_hook_does_not_deadlock() -> None:
-    """Our mutexes were held across other hooks, and a view that dies there takes one."""
-
-    def child() -> int:
-        region = Region("1M", block_size=BLOCK)
-        region.plug(0, 2)
-        doomed = [region.view(0)]
-        os.register_at_fork(before=lambda: doomed.clear())
-        for _ in range(3):
-            assert run_child(lambda: 1, timeout=10).result() == 1
-            doomed.append(region.view(1))
-        doomed.clear()
-        region.close()
-        return 7
-
-    assert run_child(child, timeout=50).result() == 7
+def test_a_view_that_dies_in_another_fork_hook_does_not_deadlock() -> None:
+    """Our mutexes were held across hooks registered before ours (they run after it), and a dying view takes one."""
+    code = """
+import os
+doomed = []
+os.register_at_fork(before=doomed.clear)
+from sparsemem import Region
+region = Region("1M", block_size="64K")
+region.plug(0)
+for _ in range(3):
+    doomed.append(region.view(0))
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+region.close()
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=20)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_threads_that_fork_at_once_do_not_deadlock() -> None:
@@ -62,10 +68,16 @@ def test_a_signal_handler_may_plug_at_any_moment() -> None:
 
     def child() -> bool:
         with Region("1M", block_size=BLOCK) as region, Region("1M", block_size=BLOCK) as other:
+            inside = False
 
             def handler(*_: object) -> None:
+                nonlocal inside
+                if inside:  # the next signal came while this one is handled: its blocks are in our hands
+                    return
+                inside = True
                 other.plug(0)
                 other.unplug(0)
+                inside = False
 
             signal.signal(signal.SIGALRM, handler)
             signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
@@ -133,7 +145,7 @@ def test_what_is_no_listener_is_refused_before_it_is_needed() -> None:
 
 
 def test_a_view_may_die_in_one_thread_while_its_region_dies_in_another() -> None:
-    """A crash here is a use after free; the view keeps the block map alive now."""
+    """A use after free, which AddressSanitizer saw in 2 of 4 runs and a plain build never: this only drives it."""
 
     def child() -> bool:
         for _ in range(400):
