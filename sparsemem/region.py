@@ -35,7 +35,7 @@ from sparsemem.headroom import Gauge, Headroom, check_mode
 from sparsemem.headroom import read as _read_headroom
 from sparsemem.listeners import Listener
 from sparsemem.operations import Core, Inner, Join, Leave, Plug, Unplug, Whole, execute, require_discard, resize
-from sparsemem.runs import Runs, RunsInput, collect, index_of, single
+from sparsemem.runs import Runs, RunsInput, collect, index_of, join, single
 from sparsemem.statistics import Stats, Tally
 from sparsemem.units import Size, exact_size, parse_size
 from sparsemem.views import make_view
@@ -147,7 +147,7 @@ class Region:
         """Starts blocks plugged that hold data: those given, and those the backend found."""
         core = self._core
         found = [(first >> core.shift, count >> core.shift) for first, count in self._mapping.adopted]
-        adopted = collect([*given, *found], self.nblocks) if found else given
+        adopted = collect(join([*given, *found]), self.nblocks) if found else given
         if adopted.n == 0:
             return
         core.blocks.adopt(adopted)
@@ -578,6 +578,7 @@ class Region:
             ValueError: It is registered already.
             ListenerVetoError: It refused; it is not registered.
         """
+        self._core.blocks.check_open()
         if any(known is listener for known in self._core.listeners):
             raise ValueError(f"{listener!r} is registered already")
         for event in ("on_plug", "on_unplug"):

@@ -18,6 +18,7 @@ from typing import Any
 
 from sparsemem._sys import ffi, lib
 from sparsemem._sys.calls import Calls, check
+from sparsemem._sys.files import PAGE_SIZE
 
 Extent = tuple[int, int]
 
@@ -127,7 +128,19 @@ def page_cache(address: int, length: int) -> Iterator[Extent]:
 
 
 def file_data(calls: Calls, fd: int, start: int, end: int) -> Iterator[Extent]:
-    """What SEEK_DATA calls data.  For shmem (swapped pages included), and disks without FIEMAP."""
+    """What SEEK_DATA calls data, in whole pages.  For shmem (swapped pages included), and disks without FIEMAP.
+
+    Seeks on an open file description of its own: a duplicated descriptor shares
+    its offset with the one that the caller goes on using.
+    """
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        yield from _seek_data(calls, own, start, end)
+    finally:
+        os.close(own)
+
+
+def _seek_data(calls: Calls, fd: int, start: int, end: int) -> Iterator[Extent]:
     while start < end:
         try:
             data = calls.lseek(fd, start, os.SEEK_DATA)
@@ -137,7 +150,9 @@ def file_data(calls: Calls, fd: int, start: int, end: int) -> Iterator[Extent]:
             raise
         if data >= end:
             return
-        hole = min(calls.lseek(fd, data, os.SEEK_HOLE), end)
+        # The end of the file is a hole, too, and may lie within a page.
+        hole = calls.lseek(fd, data, os.SEEK_HOLE)
+        hole = min(hole + -hole % PAGE_SIZE, end)
         yield data, hole - data
         start = hole
 

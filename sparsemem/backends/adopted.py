@@ -14,7 +14,7 @@ from sparsemem._sys import lib, probe
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE
-from sparsemem.backends.allocated import settle_existing
+from sparsemem.backends.allocated import check_existing_data, settle_existing
 from sparsemem.backends.base import Request
 from sparsemem.backends.kernel import Area
 from sparsemem.errors import ReserveError, Run, UnsupportedError
@@ -81,7 +81,7 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
     """
     kind, page_size = kind_of(calls, fd.fd, options.shared)
     size = calls.fstat(fd.fd).st_size
-    adopted: tuple[Run, ...] = ()
+    settle = None
     if kind is Kind.TEMPLATE:
         if size < request.size:
             raise ReserveError(
@@ -91,8 +91,13 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
             )
     else:
         _check_writable(calls, fd.fd, size)
-        adopted = settle_existing(calls, fd, kind, page_size, options.existing, request)
-        fit_size(calls, fd.fd, size, request.size)
+        check_existing_data(calls, fd, kind, options.existing, request)
+
+        def settle() -> tuple[Run, ...]:
+            # Grown first: that can fail and loses nothing, while a punch cannot be undone.
+            fit_size(calls, fd.fd, size, request.size)
+            return settle_existing(calls, fd, kind, options.existing, request)
+
     flags = lib.MAP_SHARED if options.shared else lib.MAP_PRIVATE
     return Area(
         kind=kind,
@@ -100,7 +105,7 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
         page_size=page_size,
         fd=fd,
         existing=options.shared,
-        adopted=adopted,
+        settle=settle,
         thp=options.thp,
     )
 

@@ -28,29 +28,26 @@ def check_existing(existing: str) -> str:
     return existing
 
 
-def settle_existing(
-    calls: Calls, fd: Descriptor, kind: Kind, page_size: int, existing: str, request: Request
-) -> tuple[Run, ...]:
-    """Makes sure that only taken-over blocks hold data; returns the byte runs taken over.
+def check_existing_data(calls: Calls, fd: Descriptor, kind: Kind, existing: str, request: Request) -> None:
+    """Refuses a file that holds data which nobody takes over; changes nothing.
 
     Raises:
         ReserveError: Something is allocated outside of `request.plugged` and
-            `existing` is "error", or it cannot be told where.
+            `existing` is "error", or it cannot be told where and "adopt" asks.
     """
     if existing == "discard":
-        _discard_outside(calls, fd.fd, request)
-        return ()
+        return
     found, unplaced = _allocated(calls, fd.fd, kind, request.size)
+    held = sum(length for _, length in request.plugged)
     if existing == "adopt":
-        if unplaced:
+        # What the kernel does not place, the caller may.
+        if unplaced > held:
             raise ReserveError(
                 errno.EOPNOTSUPP,
                 f"the file holds {exact_size(unplaced)} that the kernel does not place: "
                 "say which blocks hold data with Region(plugged=runs)",
             )
-        shift = request.block_size.bit_length() - 1
-        return tuple((first << shift, count << shift) for first, count in to_blocks(found, shift))
-    held = sum(length for _, length in request.plugged)
+        return
     stray = subtract(found, request.plugged)
     if stray or unplaced > held:
         where = f"at offset {stray[0][0]}" if stray else "somewhere"
@@ -59,7 +56,21 @@ def settle_existing(
             f"the file already holds data {where} in the first {exact_size(request.size)}: existing='adopt' takes it "
             "over as plugged blocks, existing='discard' throws it away, plugged=runs names the blocks that hold it",
         )
-    return ()
+
+
+def settle_existing(calls: Calls, fd: Descriptor, kind: Kind, existing: str, request: Request) -> tuple[Run, ...]:
+    """Does what `existing` says with the data that is there; the byte runs that are taken over.
+
+    Raises:
+        ReserveError: The file cannot be punched.
+    """
+    if existing == "discard":
+        _discard_outside(calls, fd.fd, request)
+    if existing != "adopt":
+        return ()
+    found, _ = _allocated(calls, fd.fd, kind, request.size)
+    shift = request.block_size.bit_length() - 1
+    return tuple((first << shift, count << shift) for first, count in to_blocks(found, shift))
 
 
 def _allocated(calls: Calls, fd: int, kind: Kind, size: int) -> tuple[list[Run], int]:

@@ -16,7 +16,7 @@ from sparsemem._sys.files import PAGE_SIZE
 from sparsemem.backends.adopted import adopt_descriptor, adopt_file, fit_size, kind_of
 from sparsemem.backends.allocated import check_existing
 from sparsemem.backends.base import Backend, Request
-from sparsemem.backends.kernel import Area, KernelMapping, check_strategy
+from sparsemem.backends.kernel import Area, KernelMapping, OwnFile, check_strategy
 from sparsemem.backends.pages import block_size_for
 from sparsemem.backends.text import options_text
 from sparsemem.errors import ReserveError
@@ -48,7 +48,8 @@ class File(Backend):
         existing: What to do if anything is allocated in the range: "error"
             refuses, "adopt" starts those blocks plugged, "discard" punches them.
         fd: Adopt this descriptor instead of a path; it is duplicated.
-        delete: Remove the file when the region closes; only with a path.
+        delete: Remove the file when the region closes, if the region made it; one
+            that was there before stays.
         thp: Transparent huge pages; see `Anonymous`.
         follow_symlinks: Open what a symbolic link points to.
         strategy: How to populate: "auto", "populate_write" or "futex".
@@ -116,10 +117,17 @@ class File(Backend):
                 return Descriptor(calls.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), calls), True
             except FileExistsError:
                 mode = os.O_RDWR if self.shared else os.O_RDONLY
-                return Descriptor(calls.open(path, flags | mode, 0), calls), False
+                # O_NONBLOCK, for opening a FIFO would wait for somebody to write.
+                return Descriptor(calls.open(path, flags | mode | os.O_NONBLOCK, 0), calls), False
         except OSError as error:
             hint = "; a symbolic link is only followed with follow_symlinks=True" if error.errno == errno.ELOOP else ""
             raise ReserveError(error.errno, f"{path}: {error.strerror}{hint}") from error
+
+    def _own(self, calls: Calls, fd: Descriptor) -> OwnFile:
+        # Absolute now: the working folder may be another one when the region closes.
+        assert self.path is not None
+        about = calls.fstat(fd.fd)
+        return OwnFile(path=os.path.abspath(self.path), device=about.st_dev, inode=about.st_ino, pid=os.getpid())
 
     def _owned(self, calls: Calls, fd: Descriptor, request: Request) -> Area:
         kind, page_size = kind_of(calls, fd.fd, True)
@@ -130,7 +138,7 @@ class File(Backend):
             page_size=page_size,
             fd=fd,
             thp=self.thp,
-            unlink=self.path if self.delete else None,
+            unlink=self._own(calls, fd) if self.delete else None,
         )
 
     def __str__(self) -> str:

@@ -6,7 +6,6 @@ names its kind; the kind's recipe says the rest.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +32,27 @@ _NO_TOTAL = (Kind.TEMPLATE, Kind.SECRET, Kind.DISK_SHARED, Kind.DISK_PRIVATE)
 
 
 @frozen(kw_only=True)
+class OwnFile:
+    """A file that we made and may remove, as long as it is still that one, and we are still the one."""
+
+    path: str
+    device: int
+    inode: int
+    pid: int
+
+    def remove(self, calls: Calls) -> None:
+        """Removes it; not in a child, and not what somebody has put in its place."""
+        if self.pid != os.getpid():
+            return
+        try:
+            about = calls.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if (about.st_dev, about.st_ino) == (self.device, self.inode):
+            calls.unlink(self.path)
+
+
+@frozen(kw_only=True)
 class Area:
     """What is to be mapped, and what it is."""
 
@@ -43,10 +63,11 @@ class Area:
     writable: bool = True
     existing: bool = False
     """Whether it is somebody's file, shared with them."""
-    adopted: tuple[Run, ...] = ()
+    settle: Callable[[], tuple[Run, ...]] | None = None
+    """Changes an existing file as was asked, and says which byte runs hold data.  Done last: it cannot be undone."""
     thp: bool | None = None
-    unlink: str | None = None
-    """A path that is removed on close."""
+    unlink: OwnFile | None = None
+    """A file that is removed on close."""
 
 
 def page_flags(page_size: int) -> int:
@@ -93,7 +114,6 @@ class KernelMapping(Mapping):
         # only make it dirty; but shared hugetlb memory shows as resident in our
         # page tables alone.
         self.maps_adopted = not area.existing or self.recipe.evidence is Evidence.MAPPED_PAGES
-        self.adopted = area.adopted
         self.fork_inherits = request.fork == "inherit"
         try:
             self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls)
@@ -109,6 +129,8 @@ class KernelMapping(Mapping):
         try:
             self._advise(request)
             self._surroundings = Surroundings(self._calls, files, area.kind, area.page_size, area.fd)
+            # Last, for it may punch the file: whatever else can fail has succeeded.
+            self.adopted = () if area.settle is None else area.settle()
         except BaseException:
             self.close()
             raise
@@ -269,9 +291,14 @@ class KernelMapping(Mapping):
         self._owner = None
         self._surroundings = None  # the kernel's files close with the last who holds them
         if self._unlink is not None:
-            path, self._unlink = self._unlink, None
-            with contextlib.suppress(FileNotFoundError):
-                self._calls.unlink(path)
+            own, self._unlink = self._unlink, None
+            try:
+                own.remove(self._calls)
+            finally:
+                self._close_descriptor()
+        self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
         if self._fd is not None:
             self._fd.close()
 
