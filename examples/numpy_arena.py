@@ -28,7 +28,8 @@ class Arena:
         if first is None:
             raise MemoryError(f"no {count} blocks in a row")
         # A plugged block reads zero: nothing has to be cleared.
-        return np.frombuffer(self.region.view(first, count)[:size], dtype=dtype).reshape(shape)
+        array: np.ndarray = np.frombuffer(self.region.view(first, count)[:size], dtype=dtype).reshape(shape)
+        return array
 
     def trim(self) -> int:
         """Gives the blocks back that no array uses any more; bytes."""

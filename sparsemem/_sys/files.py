@@ -29,8 +29,7 @@ class KernelFiles:
     def __init__(self, root: str = "") -> None:
         self._root = root.rstrip("/")
         self._fds: dict[str, int] = {}
-        # Reentrant: a signal handler or a __del__ may come in the middle and plug.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self.memo: dict[Hashable, Any] = {}
         """What readers work out once and keep as long as what it depends on stays."""
 
@@ -91,7 +90,7 @@ class KernelFiles:
 
     def after_fork(self) -> None:
         """In a child: what /proc/self was opened for is the parent, and a thread may have held the lock."""
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self.close()
 
     def __del__(self) -> None:
@@ -218,11 +217,13 @@ def _controller_folders(files: KernelFiles, controller: str) -> list[tuple[str, 
     container) is cut off at the mount.
     """
     groups = files.text("/proc/self/cgroup") or ""
-    if files.memo.get("cgroup") != groups:  # moved to another group, or the first look
-        files.memo = {"cgroup": groups}
-    if controller not in files.memo:
-        files.memo[controller] = _find_controller_folders(files, controller, groups)
-    found: list[tuple[str, bool]] = files.memo[controller]
+    # One name for one dict: another thread may see the move first and replace it.
+    memo = files.memo
+    if memo.get("cgroup") != groups:  # moved to another group, or the first look
+        memo = files.memo = {"cgroup": groups}
+    if controller not in memo:
+        memo[controller] = _find_controller_folders(files, controller, groups)
+    found: list[tuple[str, bool]] = memo[controller]
     return found
 
 

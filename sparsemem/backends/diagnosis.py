@@ -36,6 +36,10 @@ _ON_FILE_SYSTEM = (
 # hugetlbfs with only min_size= reports all ones for "no size".
 _UNLIMITED = 1 << 62
 _CHUNK = 2 << 20
+# A control group is charged for more than the pages: their page tables (1/512), a file's index of its pages (1/455),
+# whatever the process allocates besides.  Plugged to the last byte, block by block, processes were killed (measured).
+_OVERHEAD = 200
+_SPARE = 1 << 20
 _EHWPOISON = getattr(errno, "EHWPOISON", 133)  # not in the errno module of every Python
 
 
@@ -86,8 +90,11 @@ class Surroundings:
         if "MemAvailable" in meminfo:
             available = meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)
             yield Limit(Cause.SYSTEM_MEMORY, available, f"{MEMINFO}: MemAvailable + SwapFree", errno.ENOMEM)
+        # A private file's page and its copy are both there until the page is punched.
+        spare = _SPARE + (_CHUNK if self._kind is Kind.SHMEM_PRIVATE else 0)
         for group in group_limits(self._files):
-            yield Limit(Cause.MEMORY_CGROUP, group.available, group.group, errno.ENOMEM)
+            left = max(0, group.available - group.available // _OVERHEAD - spare)
+            yield Limit(Cause.MEMORY_CGROUP, left // PAGE_SIZE * PAGE_SIZE, group.group, errno.ENOMEM)
         # Under strict overcommit shmem is charged page by page as it comes; private
         # memory was charged when it was reserved.
         if self._kind in _SHMEM and self._files.number(OVERCOMMIT) == 2 and "CommitLimit" in meminfo:
