@@ -252,6 +252,9 @@ class Inner(Operation):
         core, claim, (offset, length) = self.core, self.claim, self._range
         if self._operation == "discard":
             require_discard(core.mapping)
+        if self._operation == "discard":
+            # The map of such pages is made first: without it nothing may be discarded.
+            core.blocks.mark_pages(0, 0, True)
         claim.take(Want.WITHIN_PLUGGED)
         if self._operation == "repopulate":
             core.gauge.spend(length)
@@ -277,7 +280,8 @@ class Inner(Operation):
     def _mark(self) -> None:
         assert self._work is not None
         page = self.core.mapping.page_size
-        for first, count in self._work.done():
+        # A discard that failed may have done any part of its range: such pages may be absent, and that is no gap.
+        for first, count in self._work.begun() if self._operation == "discard" else self._work.done():
             self.core.blocks.mark_pages(first // page, count // page, self._operation == "discard")
 
     def _explain(self, failure: StepFailedError) -> PopulateError | DiscardError:

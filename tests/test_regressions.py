@@ -244,3 +244,34 @@ def test_adopt_and_plugged_may_name_the_same_blocks() -> None:
             assert list(region.plugged_runs()) == [(0, 2)]
     finally:
         os.close(fd)
+
+
+def test_a_discard_that_fails_half_way_leaves_no_gap(inject: Injector) -> None:
+    from sparsemem.recipes import Step
+
+    with Region("1M", block_size=BLOCK, backend=Memfd()) as region:
+        region.plug(0, 2)
+        inject.step(Step.PUNCH, errno=errno.EIO, after=8192)
+        with pytest.raises(OSError, match="Input/output"):
+            region.discard(0, BLOCK)
+        audit = region.audit()
+        assert not audit.gaps
+        assert audit.discarded_size == 8192
+
+
+def test_without_a_map_of_pages_nothing_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was found out after the discard, and left plugged blocks tainted, which scrub() would then have unplugged."""
+    with Region("1M", block_size=BLOCK) as region:
+        region.plug(0)
+        region.view(0)[:4] = b"keep"
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(region._core.blocks, "mark_pages", fail)
+            with pytest.raises(MemoryError):
+                region.discard(0, 4096)
+        assert bytes(region.view(0)[:4]) == b"keep"
+        assert not list(region.tainted_runs())
+        assert region.stats().busy_size == 0
