@@ -18,11 +18,8 @@ from sparsemem.backends.base import Mapping
 from sparsemem.blocks import BlockMap
 
 
-def _release(pin: Any, owner: Any, blocks: BlockMap, _: Any) -> None:
-    """Holds the pin and the mapping for as long as the pointer lives, and the block map that the pin is in.
-
-    Without the last, the map could be freed in one thread while another drops the pin.
-    """
+def _release(pin: Any, owner: Any, _: Any) -> None:
+    """Holds the pin and the mapping for as long as the pointer lives; both go with it."""
 
 
 def make_view(mapping: Mapping, blocks: BlockMap, first: int, count: int, offset: int, length: int) -> memoryview:
@@ -34,5 +31,5 @@ def make_view(mapping: Mapping, blocks: BlockMap, first: int, count: int, offset
     """
     owner = mapping.owner()
     pin = blocks.pin(first, count)
-    pointer = ffi.gc(owner + offset, partial(_release, pin, owner, blocks))
+    pointer = ffi.gc(owner + offset, partial(_release, pin, owner))
     return memoryview(ffi.buffer(pointer, length))

