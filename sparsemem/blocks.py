@@ -12,7 +12,6 @@ import enum
 import errno
 import threading
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NoReturn
 
 from sparsemem._sys import ffi, lib
@@ -49,15 +48,6 @@ class Map(enum.IntEnum):
     PLUGGED = lib.SM_MAP_PLUGGED
     BUSY = lib.SM_MAP_BUSY
     TAINTED = lib.SM_MAP_TAINTED
-
-
-def _drop(function: Any, blocks: Any, thing: Any) -> None:
-    """A destructor of what refers to a block map, which must outlive the call and not only what holds it.
-
-    The order in which an object lets go of what it holds is its own (a tuple: last
-    first), so another thread could free the map between the two.
-    """
-    function(thing)
 
 
 class BlockMap:
@@ -157,7 +147,7 @@ class BlockMap:
         Raises:
             BlockStateError: A block is not plugged, or tainted.
         """
-        pin = ffi.gc(lib.sm_pin_new(first, count), partial(_drop, lib.sm_pin_drop, self._c))
+        pin = ffi.gc(lib.sm_pin_new(first, count), lib.sm_pin_drop)
         where = ffi.new("uint64_t *")
         code = lib.SM_BUSY
         while code == lib.SM_BUSY:
@@ -181,7 +171,7 @@ class Claim:
 
     def __init__(self, blocks: BlockMap, runs: Runs) -> None:
         self._blocks = blocks  # the C side refers to it
-        self._c = ffi.gc(lib.sm_claim_new(runs.array, runs.n), partial(_drop, lib.sm_claim_drop, blocks._c))
+        self._c = ffi.gc(lib.sm_claim_new(runs.array, runs.n), lib.sm_claim_drop)
         if not self._c:
             raise MemoryError(f"no memory for {runs.n} runs")
 

@@ -34,6 +34,7 @@ struct sm_blocks {
     sm_budget *budget;
     uint64_t *discarded;            /* pages discarded inside plugged blocks    */
     uint64_t pages_per_block;       /*   (a map that is made when one first is) */
+    unsigned long references;
     struct sm_blocks *next, **link; /* all maps, for fork()                     */
 };
 
@@ -109,21 +110,34 @@ static void delist(sm_blocks *b)
     pthread_mutex_unlock(&list_mutex);
 }
 
-void sm_blocks_free(sm_blocks *b)
+/*
+ * The map lives as long as anything refers to it: Python's object, and every claim
+ * and pin that is taken.  They die in any order and in any thread, so each holds a
+ * reference of its own; a destructor in Python that held one could be interrupted.
+ */
+static void unref(sm_blocks *b)
 {
-    if (!b)
+    if (__atomic_sub_fetch(&b->references, 1, __ATOMIC_ACQ_REL))
         return;
     delist(b);
-    /* Claims and pins belong to their holders, who drop them later. */
-    for (sm_claim *claim = b->claims; claim; claim = claim->next)
-        claim->blocks = NULL;
-    for (sm_pin *pin = b->pins; pin; pin = pin->next)
-        pin->blocks = NULL;
     sm_bits_free(b->plugged, b->nblocks);
     sm_bits_free(b->busy, b->nblocks);
     sm_bits_free(b->tainted, b->nblocks);
     sm_bits_free(b->discarded, b->nblocks * b->pages_per_block);
     free(b);
+}
+
+static void ref(sm_blocks *b) { __atomic_add_fetch(&b->references, 1, __ATOMIC_RELAXED); }
+
+/* Python's reference goes, and with it its Budget. */
+void sm_blocks_free(sm_blocks *b)
+{
+    if (!b)
+        return;
+    pthread_mutex_lock(&b->mutex);
+    b->budget = NULL;
+    pthread_mutex_unlock(&b->mutex);
+    unref(b);
 }
 
 sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_size)
@@ -132,6 +146,7 @@ sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_si
 
     if (!b)
         return NULL;
+    b->references = 1;
     b->nblocks = nblocks;
     b->block_size = block_size;
     b->pages_per_block = block_size / page_size;
@@ -139,7 +154,7 @@ sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_si
     b->busy = sm_bits_new(nblocks);
     b->tainted = sm_bits_new(nblocks);
     if (!b->plugged || !b->busy || !b->tainted || init_sync(b)) {
-        sm_blocks_free(b);
+        unref(b);
         return NULL;
     }
     enlist(b);
@@ -451,6 +466,7 @@ static void take(sm_blocks *b, sm_claim *claim, uint64_t owner)
     claim->owner = owner;
     claim->charged = 0;
     claim->blocks = b;
+    ref(b);
     claim->next = b->claims;
     b->claims = claim;
     if (claim->whole)
@@ -581,6 +597,7 @@ uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *o, int close_map)
     }
     release(b, claim);
     unlock(b);
+    unref(b);
     return up + down;
 }
 
@@ -620,6 +637,7 @@ int sm_pin_take(sm_blocks *b, sm_pin *pin, uint64_t owner, unsigned wait_ms, uin
         code = check_state(b, &pin->run, SM_WITHIN_PLUGGED, 1, where);
     if (code == SM_OK) {
         pin->blocks = b;
+        ref(b);
         pin->next = b->pins;
         pin->link = &b->pins;
         if (pin->next)
@@ -640,6 +658,7 @@ void sm_pin_drop(sm_pin *pin)
         if (pin->next)
             pin->next->link = pin->link;
         unlock(b);
+        unref(b);
     }
     free(pin);
 }
@@ -657,6 +676,7 @@ void sm_blocks_after_fork(sm_blocks *b, int refuse, uint64_t owner)
         if (claim->owner != owner) {
             fill(b->tainted, &b->ntainted, claim->runs, claim->nruns, 1);
             release(b, claim);
+            unref(b);   /* never the last one: Python holds one */
         }
     }
     /* The budget is counted by the parent; this copy of it counts nothing. */
