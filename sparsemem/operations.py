@@ -397,7 +397,10 @@ def resize(core: Core, target: int) -> int:
             return 0
         try:
             if change > 0:
-                runs = core.block_runs(_lowest_free(core, change))
+                free = _lowest_free(core, change)
+                if free is None:
+                    continue
+                runs = core.block_runs(free)
                 return execute(Plug(core, Claim(core.blocks, runs)))
             plugged = list(core.blocks.runs(Map.PLUGGED, True))
             runs = core.block_runs(_highest(plugged, -change))
@@ -409,7 +412,7 @@ def resize(core: Core, target: int) -> int:
                 raise
 
 
-def _lowest_free(core: Core, count: int) -> list[Run]:
+def _lowest_free(core: Core, count: int) -> list[Run] | None:
     tainted = list(core.blocks.runs(Map.TAINTED, True))
     taken, left = [], count
     for first, n in subtract(core.blocks.runs(Map.PLUGGED, False), tainted):
@@ -417,6 +420,8 @@ def _lowest_free(core: Core, count: int) -> list[Run]:
         left -= taken[-1][1]
         if left == 0:
             return taken
+    if left > sum(n for _, n in tainted):
+        return None  # taint is not why: somebody else has plugged some since we counted
     raise BlockStateError(
         f"cannot grow by {count} blocks: all but {count - left} of the unplugged ones are tainted; scrub() mends them"
     )

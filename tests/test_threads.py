@@ -9,11 +9,13 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sparsemem import Anonymous, BlockRangeError, BlockStateError, Memfd, Region, Simulated
+from sparsemem import Anonymous, BlockRangeError, BlockStateError, ListenerVetoError, Memfd, Region, Simulated
 from sparsemem.backends import Backend
+from tests.support.children import run_child
 
 BLOCK = 64 << 10
 
@@ -97,14 +99,17 @@ def test_two_who_look_for_room_never_get_the_same() -> None:
         assert region.plug_fit(1) is None
 
 
-def test_concurrent_resizes_end_at_one_of_the_targets() -> None:
-    with Region("4M", block_size=BLOCK, backend=Simulated()) as region:
-        threads = [start(lambda n=n: region.resize(n * BLOCK)) for n in (5, 40, 17, 60, 1, 33)]
-        for thread in threads:
-            thread.join()
-        assert region.audit().ok
-        region.resize(12 * BLOCK)
-        assert region.plugged_blocks == 12
+def test_concurrent_resizes_each_do_their_share_or_look_again() -> None:
+    """Blocks that one has taken while another still looked are no error, and what each says it did adds up."""
+    for _ in range(20):
+        with Region("4M", block_size=BLOCK, backend=Simulated()) as region:
+            targets = (5, 40, 17, 60, 1, 33)
+            with ThreadPoolExecutor(len(targets)) as pool:
+                changes = list(pool.map(lambda blocks, region=region: region.resize(blocks * BLOCK), targets))
+            assert sum(changes) == region.plugged_size
+            assert region.audit().ok
+            region.resize(12 * BLOCK)
+            assert region.plugged_blocks == 12
 
 
 @pytest.mark.parametrize("backend", [Anonymous(), Memfd(), Memfd(shared=False)], ids=str)
@@ -181,3 +186,42 @@ def test_finalisers_of_views_never_deadlock_in_garbage_collection() -> None:
                 assert not thread.is_alive()
         gc.collect()
         assert region.stats().views == 0
+
+
+def test_listeners_of_two_threads_that_want_each_others_blocks_get_an_error_and_not_a_deadlock() -> None:
+    """One of them gives way: its callback's error vetoes its plug, and the other one goes on."""
+
+    def child() -> tuple[int, bool]:
+        meet, inner = threading.Barrier(2), threading.local()
+
+        class Greedy:
+            def on_plug(self, first: int, count: int) -> None:
+                if not hasattr(inner, "plug"):
+                    inner.plug = True
+                    meet.wait(5)
+                    region.plug(1 - first)
+
+            def on_unplug(self, first: int, count: int) -> None:
+                pass
+
+        refused: list[ListenerVetoError] = []
+
+        def plug(block: int) -> None:
+            try:
+                region.plug(block)
+            except ListenerVetoError as error:
+                refused.append(error)
+
+        with Region("1M", block_size=BLOCK) as region:
+            greedy = Greedy()
+            region.add_listener(greedy)
+            threads = [start(lambda i=i: plug(i)) for i in (0, 1)]
+            for thread in threads:
+                thread.join()
+            assert region.stats().busy_size == 0
+            assert region.audit().ok
+            return len(refused), all(isinstance(error.__cause__, BlockStateError) for error in refused)
+
+    refused, as_state = run_child(child, timeout=10).result()
+    assert refused >= 1
+    assert as_state
