@@ -275,7 +275,8 @@ def _refuse(code: int, block: int, verb: str, *, plugged: bool = False) -> NoRet
         raise ViewsAliveError(f"cannot {verb}: a view that is still alive uses block {block} or the whole region")
     if code == lib.SM_SELF:
         raise BlockStateError(
-            f"cannot {verb}: this thread is already changing these blocks (a call from within a listener?)"
+            f"cannot {verb}: this thread is already changing these blocks, or one that waits for this thread is "
+            "(calls from within listeners?)"
         )
     if code == lib.SM_FORKED:
         raise ForkedRegionError(

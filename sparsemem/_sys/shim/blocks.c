@@ -20,6 +20,15 @@
 
 #include "internal.h"
 
+/* A thread that waits for blocks; on its stack. */
+struct waiter {
+    uint64_t owner;
+    const sm_run *runs;
+    size_t nruns;
+    int seen;
+    struct waiter *next;
+};
+
 struct sm_blocks {
     pthread_mutex_t mutex;
     pthread_cond_t changed;         /* a claim was finished                     */
@@ -31,6 +40,7 @@ struct sm_blocks {
     sm_claim *exclusive;            /* a whole claim keeps all others out       */
     unsigned waiting_for_all;       /* and so does a thread that waits for one  */
     sm_pin *pins;
+    struct waiter *waiters;         /* threads that wait for blocks             */
     sm_budget *budget;
     uint64_t *discarded;            /* pages discarded inside plugged blocks    */
     uint64_t pages_per_block;       /*   (a map that is made when one first is) */
@@ -367,6 +377,26 @@ static int held_by_self(const sm_blocks *b, uint64_t owner, const sm_run *runs, 
     return 0;
 }
 
+/* Whether what is asked for is held by somebody who waits, perhaps through others,
+ * for what `owner` holds: callbacks of several threads that want each other's
+ * blocks would all wait for ever. */
+static int waits_in_a_circle(sm_blocks *b, uint64_t owner, const sm_run *runs, size_t nruns)
+{
+    for (const sm_claim *held = b->claims; held; held = held->next) {
+        if (!runs_overlap(held->runs, held->nruns, runs, nruns))
+            continue;
+        if (held->owner == owner)
+            return 1;
+        for (struct waiter *w = b->waiters; w; w = w->next)
+            if (w->owner == held->owner && !w->seen) {
+                w->seen = 1;
+                if (waits_in_a_circle(b, owner, w->runs, w->nruns))
+                    return 1;
+            }
+    }
+    return 0;
+}
+
 static int any_busy(const sm_blocks *b, const sm_run *runs, size_t nruns)
 {
     if (b->nbusy == 0)
@@ -399,8 +429,10 @@ static int await_blocks(sm_blocks *b, uint64_t owner, const sm_run *runs, size_t
                         int whole, unsigned wait_ms)
 {
     struct timespec until = deadline_in(wait_ms);
+    struct waiter self = {owner, runs, nruns, 0, b->waiters}, **link;
     int code = SM_OK;
 
+    b->waiters = &self;
     b->waiting_for_all += (unsigned)whole;
     for (;;) {
         if (b->state != SM_OK) {
@@ -410,6 +442,12 @@ static int await_blocks(sm_blocks *b, uint64_t owner, const sm_run *runs, size_t
         int held = whole ? b->claims != NULL
                          : b->exclusive || any_busy(b, runs, nruns);
         if (held && held_by_self(b, owner, runs, nruns, whole)) {
+            code = SM_SELF;
+            break;
+        }
+        for (struct waiter *w = b->waiters; w; w = w->next)
+            w->seen = 0;
+        if (held && waits_in_a_circle(b, owner, runs, nruns)) {
             code = SM_SELF;
             break;
         }
@@ -423,6 +461,9 @@ static int await_blocks(sm_blocks *b, uint64_t owner, const sm_run *runs, size_t
             break;
         }
     }
+    for (link = &b->waiters; *link != &self; link = &(*link)->next)
+        ;
+    *link = self.next;
     if (whole && --b->waiting_for_all == 0 && code != SM_OK)
         pthread_cond_broadcast(&b->changed);
     return code;
@@ -671,6 +712,7 @@ void sm_blocks_after_fork(sm_blocks *b, int refuse, uint64_t owner)
 {
     lock(b);
     b->waiting_for_all = 0;
+    b->waiters = NULL;
     for (sm_claim *claim = b->claims, *next; claim; claim = next) {
         next = claim->next;
         if (claim->owner != owner) {
