@@ -12,7 +12,7 @@ import enum
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from sparsemem import fork as _fork
 from sparsemem.audit import Audit
@@ -35,7 +35,7 @@ from sparsemem.headroom import Gauge, Headroom, check_mode
 from sparsemem.headroom import read as _read_headroom
 from sparsemem.listeners import Listener
 from sparsemem.operations import Core, Inner, Join, Leave, Plug, Unplug, Whole, execute, require_discard, resize
-from sparsemem.runs import Runs, RunsInput, collect, index_of, join, single
+from sparsemem.runs import Runs, RunsInput, collect, index_of, single, subtract
 from sparsemem.statistics import Stats, Tally
 from sparsemem.units import Size, exact_size, parse_size
 from sparsemem.views import make_view
@@ -104,12 +104,13 @@ class Region:
         budget: Budget | None = None,
         name: str = "sparsemem",
     ) -> None:
-        self._closed = True  # until it is there: __del__ sees halves, too
         backend = Anonymous() if backend is None else backend
         if not isinstance(backend, Backend):
             raise TypeError(f"backend must be a Backend such as Memfd(), not {backend!r}")
         if fork not in _fork.MODES:
             raise ValueError(f"fork {fork!r} is none of {', '.join(map(repr, _fork.MODES))}")
+        if budget is not None and not isinstance(budget, Budget):
+            raise TypeError(f"budget must be a Budget, not {budget!r}")
         self._headroom = check_mode(headroom)
         self._backend = backend
         self._page_size = backend.page_size
@@ -119,17 +120,19 @@ class Region:
         self._name = check_name(name)
         given = collect(plugged, self.nblocks)
         blocks = BlockMap(self.nblocks, self._block_size, self._page_size, budget)
-        self._mapping: Mapping = _reserve(backend, self._request(given, dump))
         try:
+            blocks.adopt(given)  # before the backend touches anything, for the budget may refuse
+            self._mapping: Mapping = _reserve(backend, self._request(given, dump))
             self._address = self._mapping.address
             gauge = Gauge(self._mapping.limits, headroom)
             self._core = Core(self._mapping, blocks, self._block_size, gauge, Tally())
             self._adopt(given)
-            self._closed = False
             _fork.register(self._core)
+            self._closed = False  # last: what is interrupted before was never open
         except BaseException:
             blocks.abandon()
-            self._mapping.close()
+            if hasattr(self, "_mapping"):
+                self._mapping.abandon()
             raise
 
     def _request(self, given: Runs, dump: bool) -> Request:
@@ -147,12 +150,10 @@ class Region:
         """Starts blocks plugged that hold data: those given, and those the backend found."""
         core = self._core
         found = [(first >> core.shift, count >> core.shift) for first, count in self._mapping.adopted]
-        adopted = collect(join([*given, *found]), self.nblocks) if found else given
-        if adopted.n == 0:
-            return
-        core.blocks.adopt(adopted)
+        found = subtract(found, given)
+        core.blocks.adopt(core.block_runs(found))
         if self._mapping.maps_adopted:
-            for first, count in adopted:
+            for first, count in (*given, *found):
                 self.populate(first * self._block_size, count * self._block_size)
 
     # ---- facts ----------------------------------------------------------------------------
@@ -441,6 +442,8 @@ class Region:
 
         Growing takes the lowest unplugged blocks and is all or nothing; shrinking
         gives the highest plugged ones back and can stop half way, as `unplug`.
+        The change is reckoned once, when the call begins: what other threads plug
+        and unplug meanwhile comes on top of it.
 
         Args:
             plugged_size: Bytes, a multiple of the block size.
@@ -676,6 +679,10 @@ class Region:
             self._core.blocks.abandon()
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             self._mapping.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # A copy would unmap the memory that the original still uses.
+        raise TypeError(f"{self!r} cannot be copied or pickled: it owns memory; fileno() can be handed on")
 
     def __repr__(self) -> str:
         options = f"{exact_size(self._size)!r}, block_size={exact_size(self._block_size)!r}, backend={self._backend!r}"

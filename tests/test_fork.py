@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from sparsemem import Anonymous, File, ForkedRegionError, Memfd, Region, RegionClosedError, Simulated
 from tests.support import accounting
 from tests.support.children import run_child
-from tests.support.kinds import Made, every_viewable
+from tests.support.kinds import Made, every_viewable, private_bytes
 from tests.test_listeners import Listener
 
 BLOCK = 64 << 10
@@ -188,3 +190,59 @@ def test_the_parents_pid_is_not_needed() -> None:
 
     with Region("1M", block_size=BLOCK) as region:
         assert run_child(child).result() != os.getpid()
+
+
+@every_viewable
+def test_the_kernel_was_told_what_a_child_gets(made: Made) -> None:
+    """WIPEONFORK ("wf") is for private anonymous memory alone; other private memory stays out of a child ("dc")."""
+    with made.region() as region:
+        flags = accounting.smaps(region.address, region.size).flags
+        private = made.kind.used is private_bytes or "private" in made.kind.id or made.kind.id == "anonymous hugetlb"
+        wiped = made.kind.id.startswith("anonymous private")
+        assert all(("wf" in vma) is wiped for vma in flags)
+        assert all(("dc" in vma) is (private and not wiped) for vma in flags)
+    with made.region(fork="inherit") as region:
+        assert not any({"wf", "dc"} & set(vma) for vma in accounting.smaps(region.address, region.size).flags)
+
+
+_ENDS = """
+import atexit, gc, os, sys
+from sparsemem import File, Region
+
+class Listener:
+    def on_plug(self, first, count): pass
+    def on_unplug(self, first, count): print("told", os.getpid() == parent, first, count, flush=True)
+
+parent = os.getpid()
+region = Region("1M", block_size="64K", backend=File(sys.argv[1], delete=True))
+listener = Listener()
+region.add_listener(listener)
+region.plug(0, 2)
+view = region.view(1)
+view[:5] = b"hello"
+cycle = [region, view]
+cycle.append(cycle)
+atexit.register(lambda: print("exit", flush=True))
+child = os.fork()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    print(os.stat(sys.argv[1]).st_blocks * 512 >= 2 << 16, bytes(view[:5]), flush=True)
+    view.release()
+    del view, cycle[:]
+    region.close()
+elif sys.argv[2] == "dropped":
+    del region, view, cycle, listener
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("how", ["dropped", "left to the interpreter"])
+def test_a_child_that_ends_as_programs_do_touches_nothing(how: str, tmp_path: Path) -> None:
+    """With finalisers and atexit, unlike a child that leaves by os._exit()."""
+    path = tmp_path / "file"
+    command = [sys.executable, "-W", "error", "-c", _ENDS, str(path), how]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["exit", "True b'hello'", "told True 0 2", "exit"]
+    assert not path.exists()

@@ -163,6 +163,10 @@ class Mapping(abc.ABC):
     def close(self) -> None:  # noqa: B027 - a hook
         """Lets go of everything; the memory itself stays mapped while views live."""
 
+    def abandon(self) -> None:
+        """Closes a mapping whose region came to nothing: as if it had never been."""
+        self.close()
+
     # ---- the engine's side ----------------------------------------------------------
 
     def prepare(self, job: Any, operation: str) -> None:  # noqa: B027 - a hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import Any
@@ -30,7 +31,7 @@ _OWNED_PRIVATE = {
 
 
 def _path_text(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else os.fspath(path)
+    return None if path is None else os.fsdecode(path)
 
 
 @frozen
@@ -105,7 +106,8 @@ class File(Backend):
         except BaseException:
             fd.close()
             if created:
-                calls.unlink(self.path)
+                with contextlib.suppress(FileNotFoundError):  # with delete=True the mapping was faster
+                    calls.unlink(self.path)
             raise
 
     def _open(self, calls: Calls, path: str) -> tuple[Descriptor, bool]:
@@ -138,6 +140,7 @@ class File(Backend):
             page_size=page_size,
             fd=fd,
             thp=self.thp,
+            created=self._own(calls, fd),
             unlink=self._own(calls, fd) if self.delete else None,
         )
 

@@ -66,6 +66,8 @@ class Area:
     settle: Callable[[], tuple[Run, ...]] | None = None
     """Changes an existing file as was asked, and says which byte runs hold data.  Done last: it cannot be undone."""
     thp: bool | None = None
+    created: OwnFile | None = None
+    """A file that was made for this mapping, and goes if its region comes to nothing."""
     unlink: OwnFile | None = None
     """A file that is removed on close."""
 
@@ -121,6 +123,7 @@ class KernelMapping(Mapping):
             raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
         self._fd = area.fd
         self._unlink = area.unlink
+        self._created = area.created
         files = shared_files()
         self._surroundings: Surroundings | None = None
         self.thp, align = self._resolve_thp(area.thp, request.block_size, thp_size(files))
@@ -286,6 +289,10 @@ class KernelMapping(Mapping):
             # Views that the child has inherited point at nothing now, or at
             # whatever comes to lie there; and so would our unmapping of it.
             self._calls.reserve_placeholder(self._address, self.size)
+
+    def abandon(self) -> None:
+        self._unlink = self._created
+        self.close()
 
     def close(self) -> None:
         self._owner = None

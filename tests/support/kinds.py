@@ -64,7 +64,7 @@ class Kind:
         block_size: The block size to test it with.
         size: What can be reserved.
         slack: Bytes that the file system may add for itself.
-        tmpfs, huge: What it needs.
+        tmpfs, huge, hugetlbfs, ext4: What it needs.
     """
 
     id: str
@@ -76,6 +76,7 @@ class Kind:
     tmpfs: bool = False
     huge: bool = False
     hugetlbfs: bool = False
+    ext4: bool = False
 
     @property
     def has_memory(self) -> bool:
@@ -84,6 +85,11 @@ class Kind:
     @property
     def discards(self) -> bool:
         return self.id != "memfd_secret"
+
+    @property
+    def has_file(self) -> bool:
+        """Whether there is a file that belongs to the region."""
+        return self.has_memory and "anonymous" not in self.id and self.discards and "template" not in self.id
 
     @property
     def shared_file(self) -> bool:
@@ -124,6 +130,8 @@ KINDS = [
     Kind("tmpfs file private", lambda folder: File(folder / "file", shared=False), _private_and_file, tmpfs=True),
     Kind("disk file owned", lambda folder: File(folder / "file"), _in_file, slack=64 << 10),
     Kind("disk file adopted", _adopted, _in_file, slack=64 << 10),
+    # Blocks of 1 KiB, smaller than a page, as mkfs chooses for a file system of this size.
+    Kind("ext4 file shared", lambda folder: File(folder / "file"), _in_file, slack=64 << 10, ext4=True),
     Kind("disk file private", lambda folder: File(folder / "file", shared=False), private_bytes),
     Kind("disk file template", _template, private_bytes, size=TEMPLATE_SIZE),
     Kind("anonymous hugetlb", lambda _: Anonymous(hugetlb="2M"), _hugetlb, block_size=_HUGE, huge=True),
@@ -169,6 +177,8 @@ def make(kind: Kind, request: pytest.FixtureRequest, strategy: str = "auto") -> 
         request.getfixturevalue("huge_pool")(16)
     if kind.hugetlbfs:
         folder = request.getfixturevalue("hugetlbfs_mount")()
+    elif kind.ext4:
+        folder = request.getfixturevalue("ext4_mount")()
     elif kind.tmpfs:
         folder = request.getfixturevalue("tmpfs_folder")
     if kind.id == "memfd_secret":

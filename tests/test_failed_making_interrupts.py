@@ -1,0 +1,80 @@
+"""KeyboardInterrupt at every line of making a region: nothing is left behind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from sparsemem import Anonymous, Budget, File, Memfd, Region
+from sparsemem.backends import Backend
+from tests.support import accounting
+from tests.test_failed_making import BLOCK, DATA, file  # noqa: F401 - the fixture
+
+MODULES = {
+    sys.modules[f"sparsemem.{name}"].__file__
+    for name in ("region", "backends.kernel", "backends.adopted", "backends.allocated")
+}
+
+
+def _made_with_interrupt_at(make: Callable[[], Region], n: int) -> bool:
+    """Makes a region, with an interrupt at the nth line of these modules; whether it came that far."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        # Not in what opens and creates: between such a system call and the object that owns what it made, nothing in
+        # Python can help.  Nor in finalisers, whose errors reach nobody.
+        if frame.f_code.co_filename not in MODULES or frame.f_code.co_name in ("__del__", "close", "_map"):
+            return None
+        if event == "line":
+            count += 1
+            if count == n:
+                raise KeyboardInterrupt
+        return trace
+
+    region = None
+    sys.settrace(trace)
+    try:
+        region = make()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+        if region is not None:
+            region.close()
+    return False
+
+
+@pytest.mark.parametrize("what", ["anonymous", "memfd", "new file", "adopted file"])
+def test_an_interrupt_at_every_line_of_making_one_leaves_nothing(
+    what: str,
+    file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    backends: dict[str, Backend] = {
+        "anonymous": Anonymous(),
+        "memfd": Memfd(),
+        "new file": File(tmp_path / "new", delete=True),
+        "adopted file": File(file, existing="adopt"),
+    }
+    budget = Budget("1G")
+
+    def make() -> Region:
+        return Region("1M", block_size=BLOCK, backend=backends[what], plugged=[(1, 2)], budget=budget)
+
+    make().close()  # what is shared between regions and stays open is there now
+    descriptors = set(accounting.open_descriptors().items())
+    n, came = 0, True
+    while came:
+        n += 1
+        came = _made_with_interrupt_at(make, n)
+        assert budget.used == 0, f"line event {n}: the budget"
+        assert not set(accounting.open_descriptors().items()) - descriptors, f"line event {n}: a descriptor"
+        assert not (tmp_path / "new").exists(), f"line event {n}: the file"
+    assert n > 50
+    assert file.read_bytes()[BLOCK : BLOCK + len(DATA)] == DATA
