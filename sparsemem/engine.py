@@ -130,9 +130,9 @@ class Work:
         return int(self._job.calls)
 
     @property
-    def inflight(self) -> int:
-        """Bytes after the cursor that were begun and did not end well."""
-        return int(self._job.inflight)
+    def step_failed(self) -> bool:
+        """Whether a step failed at the cursor; noted in C, so that an interrupt cannot hide it."""
+        return bool(self._job.failed)
 
     def begun(self) -> list[Run]:
         """Byte runs that were touched at all: what a rollback has to undo."""

@@ -115,11 +115,14 @@ class BackendExhaustedError(PopulateError, MemoryError):
 class DiscardError(SparseMemError, OSError):
     """Memory could not be given back.
 
+    The runs are of blocks, but of bytes where `Region.discard` failed inside
+    blocks; those stay plugged, and none becomes tainted.
+
     Attributes:
         errno: The kernel's own errno.
-        discarded: Runs of blocks whose memory was given back.
-        remaining: Runs of blocks that were left as they were.
-        tainted: Runs of blocks that may have lost content or kept memory.
+        discarded: Runs whose memory was given back.
+        remaining: Runs that were left as they were.
+        tainted: Runs that may have lost content or kept memory.
     """
 
     def __init__(

@@ -8,7 +8,6 @@ with `fork="inherit"` what other threads had in hand becomes tainted there.
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 MODES = ("refuse", "inherit")
 
-_log = logging.getLogger("sparsemem")
 _cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
@@ -28,15 +26,12 @@ def register(core: Core) -> None:
 
 
 def _after_in_child() -> None:
-    for core in list(_cores):
-        refuse = not core.mapping.fork_inherits
-        core.blocks.after_fork(refuse=refuse)
+    cores = list(_cores)
+    for core in cores:
+        core.blocks.after_fork(refuse=not core.mapping.fork_inherits)
         core.tally.after_fork()
-        if refuse:
-            try:
-                core.mapping.after_fork_in_child()
-            except OSError:
-                _log.debug("no placeholder for a mapping that the child does not have", exc_info=True)
+    for core in cores:
+        core.mapping.after_fork_in_child()  # last: a backend of somebody else's may raise
 
 
 # The maps' mutexes are seen to in the shim (pthread_atfork): no Python may run while they are held.

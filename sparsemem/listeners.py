@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import starmap
 from typing import Protocol
 
 from sparsemem.errors import ListenerVetoError, Run
@@ -52,6 +53,7 @@ class Announcement:
         self._event = event
         self._runs = list(runs)
         self._told: list[tuple[Listener, deque[None]]] = []
+        self._back: list[tuple[Callable[[int, int], None], list[Run], deque[None]]] | None = None
 
     def tell(self) -> None:
         """Tells everybody, one call a run.
@@ -59,15 +61,13 @@ class Announcement:
         Raises:
             ListenerVetoError: One raised; nobody after it was told.
         """
-        firsts = [first for first, _ in self._runs]
-        counts = [count for _, count in self._runs]
         for listener in self._listeners:
             done: deque[None] = deque()
             self._told.append((listener, done))
             try:
                 # extend() counts the calls that returned, in C: an interrupt
                 # cannot fall between a call's return and its being counted.
-                done.extend(map(getattr(listener, self._event), firsts, counts))
+                done.extend(starmap(getattr(listener, self._event), self._runs))
             except Exception as error:
                 first, count = self._runs[len(done)]
                 raise ListenerVetoError(f"{listener!r} refused {self._event}({first}, {count}): {error!r}") from error
@@ -75,18 +75,24 @@ class Announcement:
     def take_back(self, only: list[Run] | None = None) -> None:
         """Tells the opposite to those who were told, last first; nobody can veto that.
 
+        After an interrupt it is called again, and goes on where it was.
+
         Args:
             only: Ascending runs that are to be taken back; None is all.
         """
-        while self._told:
-            listener, done = self._told[-1]
-            call = getattr(listener, _OPPOSITE[self._event])
-            while done:
-                run = self._runs[len(done) - 1]
-                for first, count in [run] if only is None else clip([run], only):
-                    try:
-                        call(first, count)
-                    except Exception:
-                        _log.debug("%r failed as a change was taken back", listener, exc_info=True)
-                done.pop()
-            self._told.pop()
+        if self._back is None:
+            self._back = [self._opposite(listener, len(done), only) for listener, done in reversed(self._told)]
+        for call, runs, done in self._back:
+            while len(done) < len(runs):
+                left = runs[len(done) :]
+                try:
+                    done.extend(starmap(call, left))  # counts in C, as tell() does
+                except Exception:
+                    _log.debug("%r failed as a change was taken back", call, exc_info=True)
+                    done.append(None)
+
+    def _opposite(
+        self, listener: Listener, told: int, only: list[Run] | None
+    ) -> tuple[Callable[[int, int], None], list[Run], deque[None]]:
+        runs = self._runs[:told]
+        return getattr(listener, _OPPOSITE[self._event]), (runs if only is None else clip(runs, only))[::-1], deque()

@@ -177,6 +177,7 @@ class Unplug(Operation):
         self._victims = EMPTY
         self._announcement: Announcement | None = None
         self._work: Work | None = None
+        self._settled: tuple[list[Run], list[Run]] | None = None
 
     def perform(self) -> int:
         core, claim = self.core, self.claim
@@ -202,31 +203,33 @@ class Unplug(Operation):
                 f"cannot discard block {failure.offset >> core.shift}: {os.strerror(failure.errno)}; "
                 f"{exact_size(self._work.bytes)} were discarded before, the blocks that it failed on are tainted",
             ) from None
-        size = self._victims.total << core.shift
         changed = claim.finish(unplugged=self._victims, healed=self._victims)
-        core.tally.unplugged(size, self._work.calls, time.monotonic() - started)
+        core.tally.unplugged(changed << core.shift, self._work.calls, time.monotonic() - started)
         return changed
 
     def undo(self, error: BaseException | None) -> None:
         core, claim = self.core, self.claim
         if not claim.open:
             return
-        done, failed = self._settle(isinstance(error, DiscardError))
+        if self._settled is None:  # once: what is announced below must stay true
+            self._settled = self._settle()
+        done, failed = self._settled
         remaining = subtract(list(self._victims), done)
         if self._announcement is not None:
             self._announcement.take_back(only=remaining)
         gone, tainted = core.block_runs(done), core.block_runs(failed)
-        claim.finish(unplugged=gone, healed=gone, tainted=tainted)
-        core.tally.failed(rolled_back=False)
+        changed = claim.finish(unplugged=gone, healed=gone, tainted=tainted)
+        core.tally.failed(rolled_back=False, unplugged=changed << core.shift)
         if isinstance(error, DiscardError):
             error.discarded, error.tainted = tuple(done), tuple(failed)
             error.remaining = tuple(subtract(remaining, failed))
 
-    def _settle(self, step_failed: bool) -> tuple[list[Run], list[Run]]:
+    def _settle(self) -> tuple[list[Run], list[Run]]:
         """Brings the work to a block boundary: blocks that are gone, and those of unknown content."""
         work, shift = self._work, self.core.shift
         if work is None:
             return [], []
+        step_failed = work.step_failed
         if not step_failed:
             try:
                 work.complete_unit(self.core.block_size)
@@ -288,7 +291,14 @@ class Inner(Operation):
         assert self._work is not None
         did, text = exact_size(self._work.bytes), os.strerror(failure.errno)
         if self._operation == "discard":
-            return DiscardError(failure.errno, f"cannot discard at offset {failure.offset}: {text}; {did} were")
+            done, begun = self._work.done(), self._work.begun()
+            return DiscardError(
+                failure.errno,
+                f"cannot discard at offset {failure.offset}: {text}; {did} were",
+                discarded=tuple(done),
+                tainted=tuple(subtract(begun, done)),
+                remaining=tuple(subtract([self._range], begun)),
+            )
         cause = self.core.mapping.diagnose(failure.errno, failure.offset)
         make = BackendExhaustedError if cause.exhausted else PopulateError
         return make(

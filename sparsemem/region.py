@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
@@ -42,6 +43,9 @@ from sparsemem.views import make_view
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_log = logging.getLogger("sparsemem")
 
 
 class BlockState(enum.Enum):
@@ -254,7 +258,7 @@ class Region:
         Raises:
             BlockRangeError: Not within the region, or not exact.
         """
-        single(offset, length, self._size, "byte")
+        ((offset, length),) = single(offset, length, self._size, "byte")
         block, end = self._block_size, offset + length
         if round == "outward":
             first, last = offset // block, -(-end // block)
@@ -541,7 +545,7 @@ class Region:
 
     # ---- views ----------------------------------------------------------------------------
 
-    def view(self, first: int | None = None, count: int = 1) -> memoryview:
+    def view(self, first: int | None = None, count: int | None = None) -> memoryview:
         """A writable view of plugged blocks, which pins them.
 
         As long as the view or anything made from it lives, its blocks cannot be
@@ -554,9 +558,10 @@ class Region:
 
         Args:
             first: The first block.
-            count: How many blocks.
+            count: How many blocks; 1 if it is not given.
 
         Raises:
+            TypeError: A count without a first block.
             BlockRangeError: There are no such blocks.
             BlockStateError: A block is not plugged, or tainted.
             UnsupportedError: The backend has no memory.
@@ -564,8 +569,10 @@ class Region:
         """
         self._core.blocks.check_open()
         if first is None:
+            if count is not None:
+                raise TypeError(f"view(count={count!r}) lacks the first block; view() alone is the whole reservation")
             return make_view(self._mapping, self._core.blocks, 0, 0, 0, self._size)
-        ((start, n),) = single(first, count, self.nblocks)
+        ((start, n),) = single(first, 1 if count is None else count, self.nblocks)
         offset, length = start * self._block_size, n * self._block_size
         return make_view(self._mapping, self._core.blocks, start, n, offset, length)
 
@@ -622,8 +629,8 @@ class Region:
         Raises:
             RegionClosedError: It is closed.
         """
-        self._core.blocks.check_open()
-        return _audit(self._mapping, self._core.blocks, self._block_size)
+        with self._while_open():
+            return _audit(self._mapping, self._core.blocks, self._block_size)
 
     def headroom(self) -> Headroom:
         """What can still be plugged, and which limit binds; advisory.
@@ -631,8 +638,19 @@ class Region:
         Raises:
             RegionClosedError: It is closed.
         """
+        with self._while_open():
+            return _read_headroom(self._mapping.limits())
+
+    @contextlib.contextmanager
+    def _while_open(self) -> Iterator[None]:
+        """What only looks does not hold off close: if that comes in between, nothing that was seen counts."""
         self._core.blocks.check_open()
-        return _read_headroom(self._mapping.limits())
+        try:
+            yield
+        except OSError:
+            self._core.blocks.check_open()  # a descriptor that was just closed is no error of its own
+            raise
+        self._core.blocks.check_open()
 
     # ---- lifetime ---------------------------------------------------------------------------
 
@@ -668,10 +686,17 @@ class Region:
             return
         # The body's error is what the user must see.  What it refers to may
         # well hold views, so the memory goes when the last of them dies.
-        views = self._core.blocks.counts().pins
-        self._close(force=True)
-        if views and hasattr(error, "add_note"):  # 3.11
-            error.add_note(f"{views} views of {self!r} were alive; it is closed, and unmapped when the last one dies")
+        views, notes = self._core.blocks.counts().pins, []
+        try:
+            self._close(force=True)
+        except Exception as failure:
+            notes.append(f"closing {self!r} failed, too: {failure}")
+        if views:
+            notes.append(f"{views} views of {self!r} were alive; it is closed, and unmapped when the last one dies")
+        for note in notes:
+            _log.debug("%s", note)
+            if hasattr(error, "add_note"):  # 3.11
+                error.add_note(note)
 
     def __del__(self) -> None:
         if not self._closed and not self._core.blocks.forked:

@@ -121,9 +121,9 @@ def _flat_from_buffer(runs: RunsInput) -> Any:
 def _flat_from_pairs(runs: Any, unit: str) -> array[int]:
     pairs = runs if isinstance(runs, (list, tuple)) else list(runs)
     try:
-        if any(length != 2 for length in set(map(len, pairs))):
+        # As sets, in C: a loop that checks each pair in Python takes 3 times as long.
+        if not set(map(len, pairs)) <= {2} or bool in set(map(type, chain.from_iterable(pairs))):
             raise TypeError
-        # 52 ns a run; a loop that checks each pair in Python takes 170.
         return array("Q", chain.from_iterable(pairs))
     except OverflowError:
         worst = next(pair for pair in pairs if not all(0 <= number < 1 << 64 for number in pair))

@@ -19,7 +19,9 @@ class Stats:
         busy_size: What operations in flight hold.
         views: Views that are alive.
         plugs: Plug operations that succeeded; likewise `unplugs`.
-        plugged_bytes: Bytes that they populated; likewise `unplugged_bytes`.
+        plugged_bytes: Bytes that they populated.
+        unplugged_bytes: Bytes that were unplugged, by unplugs that stopped half
+            way, too.
         system_calls: System calls that both made.
         failures: Operations that failed, were vetoed or interrupted.
         rollbacks: How many of those had something to roll back.
@@ -72,9 +74,9 @@ class Tally:
         """Counts an unplug that succeeded."""
         self._add(unplugs=1, unplugged_bytes=size, system_calls=calls, seconds=seconds)
 
-    def failed(self, *, rolled_back: bool) -> None:
-        """Counts an operation that did not come to its end."""
-        self._add(failures=1, rollbacks=int(rolled_back))
+    def failed(self, *, rolled_back: bool, unplugged: int = 0) -> None:
+        """Counts an operation that did not come to its end, and the bytes that an unplug gave back before."""
+        self._add(failures=1, rollbacks=int(rolled_back), unplugged_bytes=unplugged)
 
     def after_fork(self) -> None:
         """In a child the lock may be held by a thread that does not exist there."""

@@ -9,13 +9,30 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sparsemem import BackendExhaustedError, Budget, File, Memfd, Region, ReserveError
+from sparsemem import (
+    Anonymous,
+    BackendExhaustedError,
+    Budget,
+    DiscardError,
+    File,
+    ListenerVetoError,
+    Memfd,
+    Region,
+    RegionClosedError,
+    ReserveError,
+    Simulated,
+)
+from sparsemem.backends import Backend, Fault
+from sparsemem.recipes import Step
+from tests.support import accounting
 from tests.support.children import run_child
 from tests.support.injector import Injector
+from tests.test_interrupts import Refusing
 
 BLOCK = 64 << 10
 
@@ -275,3 +292,87 @@ def test_without_a_map_of_pages_nothing_is_discarded(monkeypatch: pytest.MonkeyP
         assert bytes(region.view(0)[:4]) == b"keep"
         assert not list(region.tainted_runs())
         assert region.stats().busy_size == 0
+
+
+# ---- the second review ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [Memfd(shared=False), Anonymous(hugetlb="2M")], ids=str)
+def test_a_childs_view_of_a_region_that_is_gone_reads_zero(
+    backend: Backend, huge_pool: Callable[[int], object]
+) -> None:
+    """The child had nothing at all there: SIGSEGV, or whatever came to lie there."""
+    huge_pool(1)
+    region = Region("4M", block_size="2M", backend=backend)
+    region.plug(0)
+    view = region.view(0)
+    view[0] = 7
+    with pytest.raises(LookupError), region:
+        raise LookupError  # closed by force: only the view is left
+    del region
+    gc.collect()
+    assert run_child(lambda: view[0]).result() == 0
+    assert view[0] == 7
+
+
+def test_a_closed_region_takes_no_address_space_in_children() -> None:
+    region = Region("1T", backend=Memfd(shared=False))
+    address = region.address
+    region.close()
+    assert run_child(lambda: accounting.vmas(address, 1 << 40)).result() == []
+    with Region("1T", backend=Memfd(shared=False)) as region:
+        address = region.address
+        assert len(run_child(lambda: accounting.vmas(address, 1 << 40)).result()) == 1
+
+
+def test_an_audit_that_close_outruns_says_that_it_is_closed(inject: Injector) -> None:
+    """It was a bare EBADF, from whatever descriptor the close had got to first."""
+    region = Region("1M", block_size=BLOCK, backend=Memfd())
+    region.plug(0)
+    inject.call("fstat", errno=errno.EBADF, when=lambda *_: bool(region.close() or True))
+    with pytest.raises(RegionClosedError):
+        region.audit()
+
+
+def test_a_close_that_fails_does_not_hide_the_bodys_error(tmp_path: Path, inject: Injector) -> None:
+    inject.call("unlink", errno=errno.EACCES)
+    with (
+        pytest.raises(LookupError) as caught,
+        Region("1M", block_size=BLOCK, backend=File(tmp_path / "f", delete=True)),
+    ):
+        raise LookupError("mine")
+    assert isinstance(caught.value, LookupError)
+    if sys.version_info >= (3, 11):
+        assert any("failed, too" in note for note in caught.value.__notes__)
+
+
+def test_figures_count_what_was_really_unplugged() -> None:
+    faults = [Fault("discard", nth=2, errno=errno.EIO), Fault("discard", nth=3, errno=errno.EIO)]
+    with Region("1M", block_size=BLOCK, backend=Simulated(faults=faults)) as region:
+        region.plug_runs([(0, 1), (4, 1), (8, 1)])
+        with pytest.raises(DiscardError) as caught:
+            region.unplug_runs([(0, 1), (4, 1), (8, 1)])
+        assert caught.value.discarded == ((0, 1),)
+        assert (region.stats().unplugs, region.stats().unplugged_bytes) == (0, BLOCK)
+        with pytest.raises(ListenerVetoError):
+            region.add_listener(Refusing())
+        region._core.listeners = (Refusing(),)
+        with pytest.raises(ListenerVetoError):  # the third discard fails: a block that was never plugged is tainted
+            region.plug(12)
+        region._core.listeners = ()
+        assert list(region.tainted_runs()) == [(4, 1), (12, 1)]
+        region.scrub()
+        assert region.stats().unplugged_bytes == 2 * BLOCK, "block 12 had never been plugged"
+
+
+def test_a_failed_discard_inside_blocks_says_which_bytes(inject: Injector) -> None:
+    with Region("64M", block_size="32M", backend=Memfd()) as region:
+        region.plug(0)
+        inject.step(Step.PUNCH, errno=errno.EIO, nth=2)
+        with pytest.raises(DiscardError) as caught:
+            region.discard(4096, (32 << 20) - 8192)
+        chunk = 16 << 20
+        assert caught.value.discarded == ((4096, chunk - 4096),)
+        assert caught.value.tainted == ((chunk, chunk - 4096),)
+        assert caught.value.remaining == ()
+        assert not list(region.tainted_runs())

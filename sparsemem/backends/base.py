@@ -158,7 +158,7 @@ class Mapping(abc.ABC):
         raise UnsupportedError(f"{type(self).__name__} has no memory to view")
 
     def after_fork_in_child(self) -> None:  # noqa: B027 - a hook
-        """Called in a forked child that must not touch the parent's memory (`fork="refuse"`)."""
+        """Called in a forked child, which may use the memory only if `fork_inherits`."""
 
     def close(self) -> None:  # noqa: B027 - a hook
         """Lets go of everything; the memory itself stays mapped while views live."""
@@ -183,7 +183,8 @@ class Mapping(abc.ABC):
             try:
                 act(offset, piece)
             except OSError as error:
-                return -(error.errno or 5)
+                job.failed = error.errno or 5
+                return -int(job.failed)
             job.calls += 1
             job.bytes += piece
             job.inflight = 0

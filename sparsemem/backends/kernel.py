@@ -19,6 +19,7 @@ from sparsemem._sys import ffi, lib, probe, residency
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
+from sparsemem._sys.inheritance import keep_place
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
@@ -195,6 +196,7 @@ class KernelMapping(Mapping):
                 self._advice(lib.MADV_WIPEONFORK)
             elif self.recipe.inheritance is Inheritance.ABSENT:
                 self._advice(lib.MADV_DONTFORK)
+                keep_place(self._owner, self._address, self.size)
         try:
             # Needs CONFIG_ANON_VMA_NAME (5.17); files show their own name.
             self._calls.name_mapping(self._address, self.size, request.name)
@@ -285,10 +287,6 @@ class KernelMapping(Mapping):
     def after_fork_in_child(self) -> None:
         # Not ours to remove.
         self._unlink = None
-        if self.recipe.inheritance is Inheritance.ABSENT:
-            # Views that the child has inherited point at nothing now, or at
-            # whatever comes to lie there; and so would our unmapping of it.
-            self._calls.reserve_placeholder(self._address, self.size)
 
     def abandon(self) -> None:
         self._unlink = self._created

@@ -148,7 +148,7 @@ int sm_advance(sm_job *job, uint64_t budget_ns)
                  * discard: it zeroes what is populated, and must touch no more. */
                 if (i == 0 && job->steps[i] == SM_STEP_FUTEX)
                     job->inflight = job->reached;
-                job->failed_step = job->steps[i];
+                job->failed = -error;
                 return error;
             }
         }

@@ -152,7 +152,7 @@ typedef struct {
     uint64_t bytes;         /* all bytes done                           */
     uint64_t calls;         /* system calls made                        */
     uint64_t reached;       /* bytes that a failed futex step populated */
-    unsigned failed_step;   /* the step that an error came from         */
+    int failed;             /* the errno of a step that failed, or 0    */
     unsigned nsteps;
     unsigned steps[6];
     sm_fault *fault;        /* NULL but in tests                        */
