@@ -20,10 +20,10 @@ help: ## show this list
 demo: $(VENV)/.installed ## plug and unplug real memory on every kind of mapping, checked against the kernel
 	$(BIN)/sparsemem demo $(ARGS)
 
-test: $(VENV)/.installed ## run the tests (what needs root or huge pages is skipped with a reason)
+test: $(VENV)/.testable ## run the tests (what needs root or huge pages is skipped with a reason)
 	$(BIN)/python -m pytest $(ARGS)
 
-docs-test: $(VENV)/.installed ## run the examples of the README and the docs
+docs-test: $(VENV)/.testable ## run the examples of the README and the docs
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
 
 lint: $(VENV)/.tools ## style and common mistakes
@@ -57,9 +57,14 @@ $(VENV)/.python: scripts/pythons scripts/make-venv
 # setuptools compares dates of the sources that it knows of only: the old build is removed, so a changed header counts.
 $(VENV)/.installed: $(VENV)/.python $(BUILD_INPUTS)
 	rm -rf build sparsemem/_sys/_shim*.so
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.tools: pyproject.toml | $(VENV)/.installed
+$(VENV)/.testable: $(VENV)/.python $(BUILD_INPUTS)
+	rm -rf build sparsemem/_sys/_shim*.so
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.tools: pyproject.toml | $(VENV)/.testable
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
 	@touch $@

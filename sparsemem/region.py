@@ -657,8 +657,10 @@ class Region:
     def close(self) -> None:
         """Unmaps everything; a second time does nothing.
 
-        Waits for operations in flight.  Listeners are told that all plugged
-        blocks go.  A file that the region did not delete keeps its content.
+        Waits for operations in flight, and mostly goes before new ones; only long
+        ones that overlap without a pause can hold it off.  Listeners are told
+        that all plugged blocks go.  A file that the region did not delete keeps
+        its content.
 
         Raises:
             ViewsAliveError: A view is alive; nothing was changed.
