@@ -30,7 +30,7 @@ from sparsemem import (
 from sparsemem.recipes import RECIPES, Step
 from tests.support import accounting
 from tests.support.injector import Injector
-from tests.support.kinds import KINDS, Kind, Made, make
+from tests.support.kinds import KINDS, Kind, Made, make, need_disk
 
 MADVISE = "EACCES EAGAIN EBADF EFAULT EHWPOISON EINVAL EIO ENOMEM EPERM EBUSY".split()
 FALLOCATE = "EBADF EFBIG EINVAL EIO ENODEV ENOSPC EOPNOTSUPP EPERM ESPIPE ETXTBSY EDQUOT ENOSYS".split()
@@ -422,6 +422,7 @@ def test_an_adoption_that_cannot_look_at_the_file_leaves_it_alone(
 
 @pytest.mark.parametrize("code", ["EIO", "EBADF", "ENOSYS"])
 def test_headroom_does_without_a_statvfs_that_fails(code: str, tmp_path: Path, inject: Injector) -> None:
+    need_disk(tmp_path)
     with Region("16M", block_size="64K", backend=File(tmp_path / "f")) as region:
         inject.call("statvfs", errno=number(code), repeat=5)
         assert region.headroom().available is None

@@ -16,8 +16,11 @@ from tests.conformance.raw import (
     DONTNEED_LOCKED,
     FREE,
     GUARD_INSTALL,
+    GUARD_REMOVE,
     HUGE,
     PAGE,
+    POPULATE_READ,
+    POPULATE_WRITE,
     REMOVE,
     SIZE,
     Raw,
@@ -28,6 +31,8 @@ from tests.conformance.raw import (
     punch,
     supports,
 )
+from tests.support import accounting
+from tests.support.kinds import need_disk
 
 DATA = b"data"
 GONE, KEPT, COPY_GONE = "discards", "keeps", "drops the copy"
@@ -43,8 +48,35 @@ TABLE: dict[str, tuple[object, object, object, object]] = {
     "hugetlb anonymous": (GONE, None, errno.EACCES, errno.EINVAL),
     "disk shared": (KEPT, GONE, GONE, errno.EINVAL),
     "disk private": (COPY_GONE, KEPT, errno.EACCES, errno.EINVAL),
+    "tmpfs file shared": (KEPT, GONE, GONE, errno.EINVAL),
+    "tmpfs file private": (COPY_GONE, KEPT, errno.EACCES, errno.EINVAL),
+    "hugetlbfs file shared": (KEPT, GONE, GONE, errno.EINVAL),
+    "hugetlbfs file private": (GONE, GONE, errno.EACCES, errno.EINVAL),
+    "ext4 file shared": (KEPT, GONE, GONE, errno.EINVAL),
+    "ext4 file private": (COPY_GONE, KEPT, errno.EACCES, errno.EINVAL),
 }
 GUARDS = {kind: not kind.startswith("hugetlb") for kind in TABLE}
+
+# kind: what populating all of it costs, in units of the mapping: (pages of one's own, in the file).
+COST = {
+    "anonymous private": (1, 0),
+    "anonymous shared": (0, 0),
+    "memfd shared": (0, 1),
+    "memfd private": (1, 1),  # double memory
+    "hugetlb memfd shared": (0, 1),
+    "hugetlb memfd private": (1, 0),
+    "hugetlb anonymous": (1, 0),
+    "disk shared": (0, 1),
+    "disk private": (1, 0),  # and clean page cache
+    "tmpfs file shared": (0, 1),
+    "tmpfs file private": (1, 1),
+    "hugetlbfs file shared": (0, 1),
+    "hugetlbfs file private": (1, 0),
+    "ext4 file shared": (0, 1),
+    "ext4 file private": (1, 0),
+}
+# What a disk's file system may add for its extents.
+SLACK = 64 << 10
 
 
 @pytest.fixture
@@ -54,10 +86,14 @@ def raw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Raw]:
     if huge:
         request.getfixturevalue("huge_pool")(8)
     if kind.startswith("disk"):
-        fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
-        os.ftruncate(fd, SIZE)
+        need_disk(tmp_path)
+    if "file" in kind or kind.startswith("disk"):
+        mount = {"tmpfs": "tmpfs_mount", "hugetlbfs": "hugetlbfs_mount", "ext4": "ext4_mount"}.get(kind.split()[0])
+        folder = tmp_path if mount is None else request.getfixturevalue(mount)()
+        fd = os.open(folder / "f", os.O_RDWR | os.O_CREAT)
+        os.ftruncate(fd, 4 * HUGE if huge else SIZE)
         try:
-            with mapping(shared=shared, fd=fd) as made:
+            with mapping(shared=shared, fd=fd, huge=huge) as made:
                 yield made
         finally:
             os.close(fd)
@@ -81,17 +117,19 @@ def columns() -> list[Any]:
 @pytest.mark.parametrize(("raw", "call", "expected"), columns(), indirect=["raw"])
 def test_what_a_call_does(raw: Raw, call: str, expected: object) -> None:
     raw.write(0, DATA)
-    length = raw.page
+    length, before = raw.page, raw.in_file()
     if call == "PUNCH":
         got = punch(raw.fd, 0, length)
     else:
         got = madvise(raw.address, length, {"DONTNEED": DONTNEED, "REMOVE": REMOVE, "FREE": FREE}[call])
     if isinstance(expected, int):
-        # hugetlb refuses MADV_REMOVE on private mappings with either
-        assert got == expected or (got in (errno.EINVAL, errno.EACCES) and call == "REMOVE")
+        assert got == expected
         assert raw.read(0, 4) == DATA
         return
     assert got == 0
+    if call == "DONTNEED" and expected == KEPT:
+        assert raw.present() == 0, "the page tables are dropped"
+        assert raw.in_file() == before, "and nothing is freed"
     if expected == KEPT:
         assert raw.read(0, 4) == DATA
     else:
@@ -124,7 +162,44 @@ def test_the_discard_of_the_recipe_gives_the_memory_back(raw: Raw, request: pyte
 def test_where_guard_pages_can_be(raw: Raw, request: pytest.FixtureRequest) -> None:
     need(GUARD_INSTALL, "MADV_GUARD_INSTALL")
     kind = request.node.callspec.params["raw"]
-    assert (madvise(raw.address, raw.page, GUARD_INSTALL) == 0) is GUARDS[kind]
+    raw.write(0, DATA)
+    assert madvise(raw.address, raw.page, GUARD_INSTALL) == (0 if GUARDS[kind] else errno.EINVAL)
+    if not GUARDS[kind]:
+        assert raw.read(0, 4) == DATA
+        return
+    # Shared memory keeps its data behind the guard; what was private is gone, the file shows through.
+    assert madvise(raw.address, raw.page, GUARD_REMOVE) == 0
+    assert raw.read(0, 4) == (DATA if "shared" in kind else bytes(4))
+
+
+@pytest.mark.parametrize("raw", COST, indirect=True)
+def test_reserving_costs_nothing_and_populating_what_the_table_says(raw: Raw, request: pytest.FixtureRequest) -> None:
+    kind = request.node.callspec.params["raw"]
+    own, in_file = COST[kind]
+    slack = SLACK if kind.startswith(("disk", "ext4")) else 0
+    assert (raw.present(), raw.private(), raw.in_file()) == (0, 0, 0)
+    (area,) = accounting.vmas(raw.address, raw.size)
+    assert area.span == (raw.address, raw.address + raw.size) or "anonymous" in kind, "one mapping"
+    assert madvise(raw.address, raw.size, POPULATE_WRITE) == 0
+    assert raw.present() == raw.size
+    if "hugetlb" in kind:
+        sizes = accounting.smaps(raw.address, raw.size)
+        assert (sizes["Private_Hugetlb"] + sizes["Shared_Hugetlb"], sizes["Rss"]) == (raw.size, 0)
+        assert raw.in_file() == in_file * raw.size, "single"
+        return
+    assert raw.private() == own * raw.size
+    assert 0 <= raw.in_file() - in_file * raw.size <= slack
+    assert accounting.smaps(raw.address, raw.size)["Rss"] == raw.size
+
+
+@pytest.mark.parametrize("raw", ["disk private", "ext4 file private"], indirect=True)
+def test_a_private_disk_file_has_clean_cache_beside_the_copies(raw: Raw) -> None:
+    assert madvise(raw.address, raw.size, POPULATE_WRITE) == 0
+    with mapping(shared=True, fd=raw.fd) as other:
+        assert accounting.mincore_pages(other.address, other.size) == SIZE // PAGE
+        assert madvise(other.address, other.size, POPULATE_READ) == 0
+        assert accounting.smaps(other.address, other.size)["Shared_Dirty"] == 0
+        assert accounting.smaps(other.address, other.size)["Private_Dirty"] == 0
 
 
 @pytest.mark.parametrize("raw", ["memfd private"], indirect=True)

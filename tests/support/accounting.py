@@ -147,6 +147,20 @@ def smaps(start: int, length: int) -> Smaps:
 # --- files and pools -------------------------------------------------------------------------------------------------
 
 
+def on_tmpfs(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder's files are memory, by the mount that it is on."""
+    path = os.path.realpath(folder)
+    best, kind = "", ""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            before, _, after = line.partition(" - ")
+            at = before.split()[4]
+            # Of two mounts on one folder the later is on top.
+            if len(at) >= len(best) and (path == at or path.startswith(at.rstrip("/") + "/")):
+                best, kind = at, after.split()[0]
+    return kind in ("tmpfs", "ramfs")
+
+
 def allocated_bytes(file: int | str | os.PathLike[str]) -> int:
     """Bytes that a file really occupies (st_blocks); true for memfd, tmpfs, hugetlbfs and disk files alike.
 

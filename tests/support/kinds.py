@@ -170,6 +170,12 @@ class Made:
         return self.kind.used(region)
 
 
+def need_disk(folder: Path) -> None:
+    """Skips if the temporary folder is on a tmpfs, as /tmp is on many systems: its files are memory."""
+    if accounting.on_tmpfs(folder):
+        pytest.skip(f"needs a temporary folder on a disk (TMPDIR=, --basetemp=); {folder} is on a tmpfs")
+
+
 def make(kind: Kind, request: pytest.FixtureRequest, strategy: str = "auto") -> Made:
     """Gets what the kind needs, or skips with the reason."""
     folder: Path = request.getfixturevalue("tmp_path")
@@ -181,6 +187,8 @@ def make(kind: Kind, request: pytest.FixtureRequest, strategy: str = "auto") -> 
         folder = request.getfixturevalue("ext4_mount")()
     elif kind.tmpfs:
         folder = request.getfixturevalue("tmpfs_folder")
+    elif kind.id.startswith("disk"):
+        need_disk(folder)
     if kind.id == "memfd_secret":
         try:
             Region(1 << 20, block_size=4096, backend=Secret()).close()
