@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsemem import Anonymous, Memfd, Region
+from sparsemem import Anonymous, File, Memfd, Region
+from sparsemem.backends import Backend
 from tests.support import accounting
 from tests.support.kinds import private_bytes
 from tests.support.resources import THP_ENABLED
@@ -56,6 +57,59 @@ def test_large_blocks_are_huge_where_the_mode_allows(
         region.unplug(4)
         assert private_bytes(region) == size - region.block_size
         assert region.audit().ok
+
+
+def exact(backend: Backend, block_size: str, used: Callable[[Region], int]) -> None:
+    """A block takes its own size and no more, and gives it back, whatever is huge around it."""
+    with Region("1G", block_size=block_size, backend=backend, headroom="off") as region:
+        block = region.block_size
+        region.plug(1)
+        assert used(region) == block
+        with region.view(1) as view:
+            view[:] = b"x" * block
+        region.plug_runs([(0, 1), (2, 1)])
+        region.unplug(1)
+        assert used(region) == 2 * block
+        region.plug(1)
+        with region.view(1) as view:
+            assert not any(view[::512])
+        assert region.audit().ok
+        region.unplug_all()
+        assert used(region) == 0
+        assert region.audit().ok
+
+
+def in_file_and_private(region: Region) -> int:
+    shared = accounting.vmas(region.address, 1)[0].permissions.endswith("s")
+    return accounting.allocated_bytes(region.fileno()) + (0 if shared else private_bytes(region))
+
+
+@pytest.mark.parametrize("name", ["never", "advise", "within_size", "always", "force", "deny"])
+@pytest.mark.parametrize("block_size", ["64K", "2M"])
+@pytest.mark.parametrize("strategy", ["populate_write", "futex"])
+def test_shared_memory_is_exact_in_every_mode(
+    name: str, block_size: str, strategy: str, shmem_thp_mode: Callable[[str], None]
+) -> None:
+    shmem_thp_mode(name)
+    exact(Memfd(strategy=strategy), block_size, in_file_and_private)
+    exact(Memfd(shared=False, strategy=strategy), block_size, in_file_and_private)
+    exact(
+        Anonymous(shared=True, strategy=strategy),
+        block_size,
+        lambda region: accounting.smaps(region.address, region.size)["Rss"],
+    )
+
+
+@pytest.mark.parametrize("how", ["never", "advise", "within_size", "always"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("strategy", ["populate_write", "futex"])
+def test_a_tmpfs_with_huge_pages_is_exact(
+    how: str, shared: bool, strategy: str, tmpfs_mount: Callable[..., Path]
+) -> None:
+    folder = tmpfs_mount("256M", huge=how)
+    for block_size in ("64K", "2M"):
+        backend = File(folder / block_size, shared=shared, strategy=strategy)
+        exact(backend, block_size, in_file_and_private)
 
 
 def test_a_mapping_that_the_kernel_places_badly_is_moved(huge: int) -> None:
