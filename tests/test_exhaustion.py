@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import signal
@@ -109,6 +110,32 @@ def test_a_hugetlbfs_with_a_size(hugetlbfs_mount: Any, huge_pool: Any, shared: b
     folder = hugetlbfs_mount(pages=4)
     with Region("1G", backend=File(folder / "f", shared=shared), headroom="off") as region:
         exhaust(region, 8 * MIB, Cause.HUGETLBFS_SIZE, (errno.EFAULT, errno.ENOSPC))
+
+
+@pytest.mark.parametrize("headroom", ["off", "check"])
+def test_a_template_on_a_hugetlbfs_that_is_full(hugetlbfs_mount: Any, huge_pool: Any, headroom: str) -> None:
+    """The copies count against size=, though the file is never changed."""
+    huge_pool(8)
+    path = hugetlbfs_mount(pages=4) / "template"
+    with path.open("w+b") as file:
+        file.truncate(6 * MIB)
+        with mmap.mmap(file.fileno(), 6 * MIB) as memory:
+            memory[:] = b"template" * (6 * MIB // 8)
+    with Region(6 * MIB, backend=File(path, shared=False), headroom=headroom) as region:
+        assert region.plug(0) == 1
+        fill(region, 0, 7)
+        with pytest.raises(BackendExhaustedError) as caught:
+            region.plug(1, 2)
+        assert caught.value.cause is Cause.HUGETLBFS_SIZE
+        assert caught.value.rolled_back
+        assert list(region.plugged_runs()) == [(0, 1)]
+        with region.view(0) as view:
+            assert view == bytes([7]) * len(view)
+        region.unplug(0)
+        region.plug(0)
+        with region.view(0) as view:
+            assert view[:8] == b"template", "and is fresh again"
+        assert region.audit().ok
 
 
 @pytest.mark.parametrize(

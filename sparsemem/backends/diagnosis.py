@@ -60,7 +60,8 @@ class Surroundings:
             yield from self._huge_pages()
         elif self._kind is not Kind.DISK_SHARED:
             yield from self._memory()
-        if self._fd is not None and self._kind in _ON_FILE_SYSTEM:
+        # A hugetlbfs counts the private copies of its pages as well, a template's included.
+        if self._fd is not None and (self._kind in _ON_FILE_SYSTEM or self._huge):
             yield from self._file_system()
 
     def diagnose(self, code: int, offset: int) -> Cause:
