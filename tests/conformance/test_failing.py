@@ -95,6 +95,16 @@ def test_the_size_of_a_hugetlbfs_is_efault_and_partial(huge_pool: Any, hugetlbfs
         assert raw.in_file() == 3 * HUGE
 
 
+def test_a_special_mapping_is_einval() -> None:
+    """The kernel's own pages in every process (VM_PFNMAP) cannot be populated, nor can they be discarded."""
+    special = [area for area in accounting.vmas() if area.name == "[vvar]"]
+    if not special:
+        pytest.skip("needs a kernel that shows a special mapping ([vvar])")
+    assert madvise(special[0].start, PAGE, POPULATE_READ) == errno.EINVAL
+    assert madvise(special[0].start, PAGE, POPULATE_WRITE) == errno.EINVAL
+    assert madvise(special[0].start, PAGE, DONTNEED) == errno.EINVAL
+
+
 # ---- ENOMEM: a control group that waits instead of killing -------------------------------------
 
 

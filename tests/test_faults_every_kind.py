@@ -1,0 +1,113 @@
+"""Every step of every kind's recipe fails with every errno of its man page: as test_faults, over all kinds of mapping.
+
+The steps that reset before a populate are among them, and the second step of a discard that has two.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from sparsemem import DiscardError, PopulateError, Region, ReserveError, Secret, UnsupportedError
+from tests.support import accounting
+from tests.support.injector import Injector
+from tests.support.kinds import KINDS, Made
+from tests.test_faults import OF_STEP, check_others, number, plugged, ready, tainted
+
+NAMES = [kind.id for kind in KINDS if kind.discards and kind.has_memory and not kind.id.endswith(("4K", "2M"))]
+RUNS = [(2, 1), (4, 1), (6, 1)]
+HELD = {0, 9}
+
+pytestmark = pytest.mark.slow
+
+
+def part(made: Made) -> int:
+    """The part of a call that is done before it fails: one page."""
+    return 2 << 20 if made.kind.huge else 4096
+
+
+def settled(made: Made, region: Region, before: int) -> None:
+    assert plugged(region) == HELD
+    assert not tainted(region)
+    assert 0 <= made.used(region) - before <= made.kind.slack
+    check_others(region)
+
+
+@pytest.mark.parametrize("strategy", ["populate_write", "futex"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject: Injector) -> None:
+    made, region, told = ready(name, strategy, request, inject)
+    with region:
+        before = made.used(region)
+        for step in dict.fromkeys(region._mapping.recipe.populate(strategy)):  # type: ignore[attr-defined]
+            for code in OF_STEP[step]:
+                for nth, after in ((1, 0), (2, part(made)), (3, 0)):
+                    inject.step(step, errno=number(code), nth=nth, after=after)
+                    with pytest.raises(PopulateError) as caught:
+                        region.plug_runs(RUNS)
+                    assert (caught.value.errno, caught.value.rolled_back) == (number(code), True), (step, code, nth)
+                    assert told.blocks == HELD
+                    inject.clear()
+                    settled(made, region, before)
+                    assert region._core.blocks.budget.used == 2 * region.block_size  # type: ignore[union-attr]
+        assert region.plug_runs(RUNS) == 3
+        assert region.audit().ok
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rollback(name: str, request: pytest.FixtureRequest, inject: Injector) -> None:
+    """The third block cannot be populated, and from the nth on no discard works either."""
+    made, region, told = ready(name, "auto", request, inject)
+    with region:
+        before, recipe = made.used(region), region._mapping.recipe  # type: ignore[attr-defined]
+        fault = recipe.faults[region.stats().strategy][0]
+        for step in recipe.discard:
+            for nth, left in ((1, {2, 4, 6}), (2, {4, 6}), (3, {6}), (4, set())):
+                inject.step(fault, errno=errno.ENOMEM, nth=3, after=part(made))
+                inject.step(step, errno=errno.EIO, nth=nth, repeat=100)
+                with pytest.raises(PopulateError) as caught:
+                    region.plug_runs(RUNS)
+                assert caught.value.errno == errno.ENOMEM
+                assert caught.value.rolled_back is not bool(left)
+                assert tainted(region) == left
+                assert plugged(region) == told.blocks == HELD
+                inject.clear()
+                assert region.scrub() == len(left)
+                settled(made, region, before)
+                assert region.audit().ok
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unplug(name: str, request: pytest.FixtureRequest, inject: Injector) -> None:
+    made, region, told = ready(name, "auto", request, inject)
+    with region:
+        before = made.used(region)
+        for step in region._mapping.recipe.discard:  # type: ignore[attr-defined]
+            for code in OF_STEP[step]:
+                for nth, after in ((1, 0), (2, part(made)), (3, part(made))):
+                    region.plug_runs(RUNS)
+                    inject.step(step, errno=number(code), nth=nth, after=after)
+                    with pytest.raises(DiscardError) as caught:
+                        region.unplug_runs(RUNS)
+                    assert caught.value.errno == number(code)
+                    assert caught.value.discarded == tuple(RUNS[: nth - 1])
+                    assert caught.value.tainted == (RUNS[nth - 1],)
+                    assert caught.value.remaining == tuple(RUNS[nth:])
+                    assert plugged(region) == told.blocks == HELD | {first for first, _ in RUNS[nth - 1 :]}
+                    inject.clear()
+                    assert region.scrub() == 1
+                    assert region.unplug_runs(RUNS[nth:]) == 3 - nth
+                    assert told.blocks == HELD
+                    settled(made, region, before)
+                    assert region.audit().ok
+
+
+@pytest.mark.parametrize("call", ["memfd_secret", "ftruncate", "reserve"])
+@pytest.mark.parametrize("code", ["EINVAL", "EMFILE", "ENFILE", "ENOMEM", "ENOSYS", "EPERM", "EAGAIN"])
+def test_a_secret_that_cannot_be_had(call: str, code: str, inject: Injector) -> None:
+    before = accounting.open_descriptors()
+    inject.call(call, errno=number(code))
+    with pytest.raises((ReserveError, UnsupportedError)):
+        Region("4M", block_size=4096, backend=Secret())
+    assert accounting.open_descriptors() == before
