@@ -159,3 +159,24 @@ def test_a_path_may_be_bytes(tmp_path: Path) -> None:
     backend = File(os.fsencode(tmp_path / "file"), delete=True)
     assert str(backend) == f"file:{tmp_path / 'file'},delete"
     Region("1M", block_size=BLOCK, backend=backend).close()
+
+
+@pytest.mark.parametrize("delete", [False, True])
+@pytest.mark.parametrize("call", ["ftruncate", "filesystem", "reserve", "madvise", "name_mapping"])
+def test_what_somebody_has_put_in_the_place_of_a_new_file_stays(
+    call: str, delete: bool, tmp_path: Path, inject: Injector
+) -> None:
+    path = tmp_path / "file"
+
+    def replace(*_: object) -> bool:
+        if not path.exists():
+            return False  # it is the folder that is looked at
+        other = tmp_path / "other"
+        other.write_bytes(b"precious")
+        other.rename(path)
+        return True
+
+    inject.call(call, errno=errno.EIO, when=replace)
+    with pytest.raises(ReserveError):
+        Region("4M", backend=File(path, delete=delete))
+    assert path.read_bytes() == b"precious"

@@ -100,14 +100,19 @@ class File(Backend):
             return KernelMapping(adopt_descriptor(calls, self, self.fd, request), request, self.strategy)
         assert self.path is not None
         fd, created = self._open(calls, self.path)
+        own: OwnFile | None = None
         try:
-            area = self._owned(calls, fd, request) if created else adopt_file(calls, self, fd, request)
+            if created:
+                own = self._own(calls, fd)
+            area = adopt_file(calls, self, fd, request) if own is None else self._owned(calls, fd, own, request)
             return KernelMapping(area, request, self.strategy)
         except BaseException:
+            # Ours to remove, but not what somebody has put in its place meanwhile; and if not even
+            # that can be told, an empty file is the lesser loss.
+            with contextlib.suppress(OSError):
+                if created:
+                    (self._own(calls, fd) if own is None else own).remove(calls)
             fd.close()
-            if created:
-                with contextlib.suppress(FileNotFoundError):  # with delete=True the mapping was faster
-                    calls.unlink(self.path)
             raise
 
     def _open(self, calls: Calls, path: str) -> tuple[Descriptor, bool]:
@@ -131,7 +136,7 @@ class File(Backend):
         about = calls.fstat(fd.fd)
         return OwnFile(path=os.path.abspath(self.path), device=about.st_dev, inode=about.st_ino, pid=os.getpid())
 
-    def _owned(self, calls: Calls, fd: Descriptor, request: Request) -> Area:
+    def _owned(self, calls: Calls, fd: Descriptor, own: OwnFile, request: Request) -> Area:
         kind, page_size = kind_of(calls, fd.fd, True)
         fit_size(calls, fd.fd, 0, request.size)
         return Area(
@@ -140,8 +145,8 @@ class File(Backend):
             page_size=page_size,
             fd=fd,
             thp=self.thp,
-            created=self._own(calls, fd),
-            unlink=self._own(calls, fd) if self.delete else None,
+            created=own,
+            unlink=own if self.delete else None,
         )
 
     def __str__(self) -> str:
