@@ -402,6 +402,7 @@ def resize(core: Core, target: int) -> int:
         As Plug and Unplug.
     """
     while True:
+        core.blocks.check_open()
         change = target - int(core.blocks.counts().plugged)
         if change == 0:
             return 0

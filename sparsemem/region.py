@@ -84,6 +84,8 @@ class Region:
             the child unplugs is gone for the parent.
         plugged: Runs of blocks that start out plugged.  Of an adopted file they
             are taken to hold data already, which stays; fresh memory is populated.
+            A plug of any other block discards first: two regions over one file
+            must agree on who has which blocks.
         budget: A `Budget` that it shares with other regions.
         name: Shown in /proc/PID/maps where the kernel can, and as a memfd's name.
 

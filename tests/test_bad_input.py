@@ -72,6 +72,11 @@ NAN = float("nan")
         (lambda: Region("2M", backend=File("/tmp")), ReserveError, "/tmp"),
         (lambda: Region("2M", backend=File("/tmp", shared=False)), ReserveError, "directory"),
         (lambda: Region("2M", backend=Memfd(fd=9999)), ReserveError, "descriptor 9999"),
+        (lambda: Region("2M", backend=Memfd(fd=-1)), ValueError, r"fd -1 is out of range: 0 <= fd < 2\*\*31"),
+        (lambda: Region("2M", backend=Memfd(fd=2**31)), ValueError, "fd 2147483648 is out of range"),
+        (lambda: Region("2M", backend=File(fd=2**63)), ValueError, "fd 9223372036854775808 is out of range"),
+        (lambda: Region("2M", backend=File(fd=True)), TypeError, "fd must be an integer, not True"),
+        (lambda: Region("2M", backend=File(fd="x")), TypeError, "fd must be an integer, not 'x'"),  # type: ignore[arg-type]
         (lambda: Budget("1GB"), ValueError, "ambiguous"),
         (lambda: Fault("flush"), ValueError, "'flush'"),
         (lambda: Fault("populate", nth=0), ValueError, "nth=0"),
@@ -217,6 +222,9 @@ def test_a_closed_region_answers_facts_and_refuses_operations() -> None:
         lambda: region.plug_fit(1),
         region.unplug_all,
         lambda: region.resize(0),
+        lambda: region.resize("128K"),
+        lambda: region.plug_runs([]),
+        lambda: region.unplug_runs([]),
         lambda: region.add_listener(object()),  # type: ignore[arg-type]
         region.__enter__,
     ):

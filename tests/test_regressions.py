@@ -376,3 +376,21 @@ def test_a_failed_discard_inside_blocks_says_which_bytes(inject: Injector) -> No
         assert caught.value.tainted == ((chunk, chunk - 4096),)
         assert caught.value.remaining == ()
         assert not list(region.tainted_runs())
+
+
+@pytest.mark.leaky
+def test_memory_that_cannot_be_unmapped_is_given_back_at_least(
+    inject: Injector, capfd: pytest.CaptureFixture[str]
+) -> None:
+    region = Region("1M", block_size=BLOCK)
+    address = region.address
+    region.plug(0, 4)
+    inject.call("unmap", errno=errno.ENOMEM)
+    region.close()
+    del region
+    gc.collect()
+    try:
+        assert accounting.smaps(address, 1 << 20).resident == 0
+        assert capfd.readouterr().err == ""
+    finally:
+        inject.unmap(address, 1 << 20)

@@ -19,6 +19,7 @@ from sparsemem.backends.base import Request
 from sparsemem.backends.kernel import Area
 from sparsemem.errors import ReserveError, Run, UnsupportedError
 from sparsemem.recipes import Kind
+from sparsemem.runs import index_of
 from sparsemem.units import exact_size
 
 _SECRETMEM_MAGIC = 0x5345434D  # include/uapi/linux/magic.h
@@ -44,6 +45,8 @@ def kind_of(calls: Calls, fd: int, shared: bool) -> tuple[Kind, int]:
     Raises:
         ReserveError: It is not a file, or not one that can be mapped.
     """
+    if not 0 <= index_of(fd, "fd") < 1 << 31:
+        raise ValueError(f"fd {fd} is out of range: 0 <= fd < 2**31")
     try:
         mode = calls.fstat(fd).st_mode
         magic, block_size = calls.filesystem(fd)

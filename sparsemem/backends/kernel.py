@@ -6,7 +6,9 @@ names its kind; the kind's recipe says the rest.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -25,6 +27,8 @@ from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
 from sparsemem.recipes import FUTEX, POPULATE_WRITE, RECIPES, STRATEGIES, Evidence, Inheritance, Kind, Step
 from sparsemem.units import exact_size
+
+_log = logging.getLogger("sparsemem")
 
 STEP_CODES = {step: getattr(lib, f"SM_STEP_{step.name}") for step in Step}
 
@@ -313,7 +317,15 @@ def _shifted(runs: Iterator[Run], offset: int) -> Iterator[Run]:
 
 
 def _unmap(calls: Calls, address: int, length: int, _: Any) -> None:
-    calls.unmap(address, length)
+    try:
+        calls.unmap(address, length)
+    except OSError as error:
+        # ENOMEM: the kernel has joined the mapping with a neighbour's, and the process
+        # has as many mappings as it may (munmap(2)).  The address space stays taken,
+        # but the memory need not: private pages go, a file's are only unmapped.
+        _log.debug("cannot unmap %d bytes at %#x: %s", length, address, error)
+        with contextlib.suppress(OSError):
+            calls.madvise(address, length, lib.MADV_DONTNEED)
 
 
 def _why_not(error: OSError) -> str:
