@@ -1,7 +1,7 @@
-"""The main job, shown: reserve, plug, write, exhaust, roll back, unplug, audit.
+"""The main job, shown: reserve, plug, write, unplug, audit, and running out of memory.
 
-Every figure is measured as it runs, and every claim is a `Check` against the
-kernel's own accounting of that very mapping.  Prints nothing.
+Every figure is measured as it runs, and every claim is a `Check`, most of them
+against the kernel's own accounting of that very mapping.  Prints nothing.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import attrs
 from attrs import Factory, define, frozen
 
 from sparsemem._sys import calls as _calls
-from sparsemem._sys import files, probe, residency
-from sparsemem.backends import File, Memfd, Simulated
+from sparsemem._sys import files, lib, probe, residency
+from sparsemem.backends import File, Memfd, Secret, Simulated
 from sparsemem.backends.base import Backend
-from sparsemem.errors import BackendExhaustedError, SparseMemError, UnsupportedError
+from sparsemem.errors import BackendExhaustedError, PopulateError, SparseMemError, UnsupportedError
 from sparsemem.region import Region
 from sparsemem.survey import Candidate, reason, reserve
-from sparsemem.units import exact_size, format_size
+from sparsemem.units import exact_size
 
 # On disks st_blocks counts extent-tree blocks, too (up to 32 KiB seen).
 _METADATA = 64 << 10
+_MAP_WIDTH = 64
 
 
 @frozen
@@ -33,132 +36,202 @@ class Check:
     ok: bool
 
 
-@frozen
-class Figure:
-    """What the kernel says that the mapping uses, at one moment; bytes."""
+@define
+class Step:
+    """One thing that was done, and then: bytes that are plugged, bytes that the kernel says are used."""
 
-    moment: str
+    action: str
     plugged: int
     used: int
-
-
-@define
-class Report:
-    """What came of one backend; `skipped` says why there is nothing."""
-
-    name: str
-    backend: str = ""
-    strategy: str = ""
-    size: int = 0
-    block_size: int = 0
-    note: str = ""
-    skipped: str = ""
-    figures: list[Figure] = Factory(list)
     checks: list[Check] = Factory(list)
-    block_map: str = ""
-    ranges: list[tuple[int, int, bool]] = Factory(list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything that was checked held."""
-        return all(check.ok for check in self.checks)
 
     def check(self, claim: str, ok: bool) -> None:
         """Notes a claim."""
         self.checks.append(Check(claim, bool(ok)))
 
 
-def used_bytes(region: Region) -> int:
-    """What the kernel says that the region's memory uses.
+@define
+class Report:
+    """What came of one backend; `skipped` says why there is nothing.
 
-    Where that is told differs: hugetlb pages have fields of their own in smaps, a
-    shared file's pages are in its st_blocks, private pages are Anonymous.
+    Attributes:
+        source: Where the kernel's figures are from.
+        notes: What to know about this one, a line each.
+        skipped: Why it cannot run here; "" if it did.
+        block_map: The first blocks; `#` is plugged, `.` is not.
+        ranges: `(first block, count, plugged)` for all blocks, at the time of the block map.
     """
+
+    name: str
+    backend: str = ""
+    strategy: str = ""
+    source: str = ""
+    size: int = 0
+    block_size: int = 0
+    notes: list[str] = Factory(list)
+    skipped: str = ""
+    steps: list[Step] = Factory(list)
+    block_map: str = ""
+    ranges: list[tuple[int, int, bool]] = Factory(list)
+
+    @property
+    def checks(self) -> list[Check]:
+        """The checks of all steps."""
+        return [check for step in self.steps for check in step.checks]
+
+    def describe(self, region: Region) -> None:
+        """Notes what the region is."""
+        self.backend, self.strategy = str(region.backend), region.stats().strategy
+        self.size, self.block_size = region.size, region.block_size
+        self.source = measure(region)[1]
+
+    def step(self, action: str, region: Region) -> Step:
+        """Notes what was done, with the figures of this moment."""
+        self.steps.append(Step(action, region.plugged_size, measure(region)[0]))
+        return self.steps[-1]
+
+    def show_blocks(self, region: Region, blocks: int) -> None:
+        """Notes which blocks are plugged now."""
+        shown = range(min(blocks, region.nblocks, _MAP_WIDTH))
+        self.block_map = "".join("#" if region.is_plugged(block) else "." for block in shown)
+        plugged = [(first, count, True) for first, count in region.plugged_runs()]
+        self.ranges = sorted(plugged + [(first, count, False) for first, count in region.unplugged_runs()])
+
+
+# ---- what the kernel says -----------------------------------------------------------------
+
+
+def measure(region: Region) -> tuple[int, str]:
+    """What the region's memory uses in bytes, and where that is told, which differs from kind to kind."""
     if isinstance(region.backend, Simulated):
-        return region.audit().resident_size
+        return region.audit().resident_size, "its own books, there is no memory"
     fields = files.mapping_fields(region.address, region.size)
-    if region.page_size > files.PAGE_SIZE:
-        return fields.get("Private_Hugetlb", 0) + fields.get("Shared_Hugetlb", 0)
+    huge = region.page_size > files.PAGE_SIZE
+    in_file = _file_total(region)
+    if in_file is not None and getattr(region.backend, "shared", False):
+        return in_file, "st_blocks of the file"
+    names: tuple[str, ...] = ("Private_Hugetlb", "Shared_Hugetlb") if huge else ("Rss", "Swap")
+    if in_file is not None:
+        # A private mapping: the copies are what is used, and the file besides if it is our own.
+        names = ("Private_Hugetlb",) if huge else ("Anonymous", "Swap")
+    used, source = sum(fields.get(name, 0) for name in names), f"smaps: {' + '.join(names)}"
+    if in_file is not None and region.fresh == "zero":
+        return used + in_file, f"{source}; st_blocks of the file"
+    return used, source
+
+
+def _file_total(region: Region) -> int | None:
+    """Bytes of the file behind the region; None if there is none that tells (a secret's st_blocks stay 0)."""
+    if isinstance(region.backend, Secret):
+        return None
     try:
-        in_file = residency.file_total(_calls.kernel, region.fileno())
+        return residency.file_total(_calls.kernel, region.fileno())
     except UnsupportedError:
-        return fields.get("Rss", 0)  # anonymous, private or shared
-    if type(region.backend).__name__ == "Secret":
-        return fields.get("Rss", 0)
-    if getattr(region.backend, "shared", True):
-        return in_file
-    return fields.get("Anonymous", 0) + (in_file if region.fresh == "zero" else 0)
+        return None
+
+
+def _slack(region: Region) -> int:
+    """What a file system may use for itself beside the data."""
+    if not (isinstance(region.backend, File) and region.backend.shared):
+        return 0
+    magic, _ = _calls.kernel.filesystem(region.fileno())
+    return 0 if magic in (lib.TMPFS_MAGIC, lib.HUGETLBFS_MAGIC) else _METADATA
+
+
+# ---- a region's life -----------------------------------------------------------------------
 
 
 def demonstrate(candidate: Candidate, size: int, plug: int) -> Report:
-    """Runs one backend through its life; what cannot run says why."""
+    """Takes one backend through its life; what cannot run says why."""
     report = Report(candidate.name)
     try:
         backend = candidate.make()
-        region, report.note = reserve(candidate, backend, min(size, candidate.size))
+        if isinstance(backend, File) and backend.path is not None and not os.path.lexists(backend.path):
+            backend = attrs.evolve(backend, delete=True)  # what we make we remove, whoever asked for it
+        region, why = reserve(backend, size, plug)
+        if why:
+            report.notes.append(f"no more than {exact_size(region.size)}: {why}")
+        if candidate.audited is not None and region.size > candidate.audited:
+            region = _smaller(report, region, candidate.audited, plug)
     except (SparseMemError, OSError, ValueError) as error:
         report.skipped = reason(error)
         return report
     with region:
-        if region.plugged_size:
-            # Adopted data: the demonstration ends by unplugging everything, which would discard it.
-            report.skipped = f"it holds {exact_size(region.plugged_size)} of data, which a demonstration would discard"
+        report.describe(region)
+        if region.plugged_blocks:
+            report.skipped = "it holds data already, which this demonstration would discard"
             return report
-        report.backend, report.strategy = str(backend), region.stats().strategy
-        report.size, report.block_size = region.size, region.block_size
-        count = max(4, min(plug // region.block_size, region.nblocks // 2))
+        count = max(3, min(plug // region.block_size, region.nblocks // 2))
         try:
             _live(report, region, count)
         except BackendExhaustedError as error:
-            report.skipped = f"{exact_size(count * region.block_size)} cannot be had here: {reason(error)}"
-            report.checks.clear()
+            report.skipped = f"{exact_size(count * region.block_size)} cannot be had: {reason(error)}"
+            report.steps.clear()
     return report
 
 
-def _live(report: Report, region: Region, count: int) -> None:
-    def figure(moment: str) -> int:
-        used = used_bytes(region)
-        report.figures.append(Figure(moment, region.plugged_size, used))
-        return used
+def _smaller(report: Report, region: Region, size: int, plug: int) -> Region:
+    """Goes on with a region that can be audited in good time."""
+    with region:
+        step = report.step(f"reserve {exact_size(region.size)}", region)
+        step.check("uses no memory", step.used == 0)
+    region, _ = reserve(region.backend, size, plug)
+    report.notes.append(f"from here on {exact_size(size)}: an audit without privileges asks page by page")
+    return region
 
-    idle = figure("reserved")
-    slack = _METADATA if report.name.startswith("disk file shared") else 0
-    report.check(f"reserving {exact_size(region.size)} uses no memory", idle == 0)
+
+def _live(report: Report, region: Region, count: int) -> None:
+    slack = _slack(region)
+    step = report.step(f"reserve {exact_size(region.size)}", region)
+    step.check("uses no memory", step.used == 0)
+
     region.plug(0, count)
-    plugged = figure("plugged")
-    report.check("a plug takes exactly the plugged bytes", 0 <= plugged - region.plugged_size <= slack)
-    _write(region, 0, count)
-    report.check("every byte written reads back", _intact(region, 0, count))
-    third = max(1, count // 3)
+    step = report.step(f"plug {_blocks(0, count)}", region)
+    step.check("takes exactly the plugged bytes", 0 <= step.used - step.plugged <= slack)
+
+    if not isinstance(region.backend, Simulated):
+        _write(region, 0, count)
+        step = report.step("write a pattern", region)
+        step.check("every byte reads back", _intact(region, 0, count))
+        step.check("takes no more than before", 0 <= step.used - step.plugged <= slack)
+
+    third = count // 3
     try:
         region.unplug(third, third)
     except UnsupportedError as error:
-        report.note = str(error)
-    else:
-        halved = figure("unplugged a third")
-        report.check("an unplug gives exactly those bytes back", 0 <= halved - region.plugged_size <= slack)
-        report.check(
-            "the neighbours keep their content",
-            _intact(region, 0, third) and _intact(region, 2 * third, count - 2 * third),
-        )
-        region.plug(third)
-        report.check(f"a block plugged again reads {region.fresh}", _is_fresh(region, third))
-        report.ranges = [(first, n, True) for first, n in region.plugged_runs()]
-        report.ranges += [(first, n, False) for first, n in region.unplugged_runs()]
-        report.ranges.sort()
-    report.block_map = block_map(region, 2 * count)
+        report.notes.append(str(error))
+        _audit(report, region, count)
+        return
+    step = report.step(f"unplug {_blocks(third, third)}", region)
+    step.check("gives exactly those bytes back", 0 <= step.used - step.plugged <= slack)
+    if not isinstance(region.backend, Simulated):
+        rest = _intact(region, 0, third) and _intact(region, 2 * third, count - 2 * third)
+        step.check("the neighbours keep their content", rest)
+
+    region.plug(third)
+    step = report.step(f"plug {_blocks(third, 1)} again", region)
+    if not isinstance(region.backend, Simulated):
+        fresh = "the file's content" if region.fresh == "file" else "zero, not the old data"
+        step.check(f"reads {fresh}", _is_fresh(region, third))
+
+    _audit(report, region, count)
+    region.unplug_all()
+    step = report.step("unplug all", region)
+    step.check("gives everything back", step.used <= slack)
+
+
+def _audit(report: Report, region: Region, count: int) -> None:
     audit = region.audit()
-    report.check(f"the audit agrees with the kernel: {audit}", audit.ok)
-    if not report.note.startswith("memfd_secret"):
-        region.unplug_all()
-        report.check("unplugging everything gives everything back", figure("unplugged all") <= slack)
+    step = report.step("audit", region)
+    if audit.unknown:
+        step.check("nothing is tainted (of such memory the kernel does not tell which page is there)", audit.ok)
+    else:
+        step.check(f"every block is as the block map says: {str(audit).removeprefix('ok: ')}", audit.ok)
+    report.show_blocks(region, 2 * count)
 
 
-def block_map(region: Region, blocks: int) -> str:
-    """The first blocks as characters: full is plugged, dotted is not."""
-    shown = min(blocks, region.nblocks, 64)
-    more = "…" if shown < region.nblocks else ""
-    return "".join("█" if region.is_plugged(block) else "·" for block in range(shown)) + more
+def _blocks(first: int, count: int) -> str:
+    return f"block {first}" if count == 1 else f"blocks {first}-{first + count - 1}"
 
 
 def _pattern(block: int, length: int) -> bytes:
@@ -166,100 +239,113 @@ def _pattern(block: int, length: int) -> bytes:
 
 
 def _write(region: Region, first: int, count: int) -> None:
-    if isinstance(region.backend, Simulated):
-        return
     for block in range(first, first + count):
         with region.view(block) as view:
             view[:] = _pattern(block, len(view))
 
 
 def _intact(region: Region, first: int, count: int) -> bool:
-    if isinstance(region.backend, Simulated):
-        return True
     for block in range(first, first + count):
         with region.view(block) as view:
-            if view != _pattern(block, len(view)):
+            if bytes(view) != _pattern(block, len(view)):
                 return False
     return True
 
 
 def _is_fresh(region: Region, block: int) -> bool:
-    if isinstance(region.backend, Simulated):
-        return True
     expected = bytes(region.block_size)
     if region.fresh == "file":
-        start = region.offset(block)
-        expected = os.pread(region.fileno(), region.block_size, start).ljust(region.block_size, b"\0")
+        read = _calls.kernel.pread(region.fileno(), region.block_size, region.offset(block))
+        expected = read.ljust(region.block_size, b"\0")
     with region.view(block) as view:
-        return view == expected
+        return bytes(view) == expected
 
 
 # ---- running out on purpose -------------------------------------------------------------
 
 
+@frozen
+class _Scarce:
+    """A backend that has little to give: what it is, and how much."""
+
+    what: str
+    backend: Backend
+    room: int
+    truncate: bool = False
+
+
 def exhaust() -> Report:
-    """Runs a backend out of memory on purpose, the most telling one that this user can have."""
-    report = Report("exhausted on purpose")
-    for name, backend, room, borrowed in _exhaustible():
-        report.name = f"exhausted on purpose: {name}"
-        try:
-            _run_out(report, backend, room)
-        finally:
-            if borrowed is not None:
-                os.close(borrowed)
-        return report
+    """Runs a backend out of memory on purpose, by the most telling limit that this user can have."""
+    with _scarce() as scarce:
+        report = Report("exhausted on purpose", notes=[scarce.what])
+        _run_out(report, scarce)
     return report
 
 
-def _exhaustible() -> Iterator[tuple[str, Backend, int, int | None]]:
-    """Backends with little room: a name, the backend, its bytes, and a descriptor to close."""
+@contextmanager
+def _scarce() -> Iterator[_Scarce]:
+    """A real limit of the kernel's that hurts nobody else."""
     room = 32 << 20
-    try:
-        fd = probe.detached_tmpfs_file(room)
-    except OSError:
-        pass
-    else:
-        yield f"a tmpfs of {exact_size(room)}", File(fd=fd), room, fd
+    for make, how in ((probe.detached_tmpfs_file, "mounted nowhere"), (probe.user_tmpfs_file, "of a user namespace")):
+        try:
+            fd = make(room)
+        except OSError:
+            continue
+        try:
+            yield _Scarce(f"a tmpfs of {exact_size(room)}, {how}", File(fd=fd), room)
+        finally:
+            os.close(fd)
+        return
     texts = files.shared_files()
     huge = files.default_huge_page(texts)
     pool = None if huge is None else files.huge_pool(texts, huge)
-    if huge is not None and pool is not None and pool.available * huge <= 1 << 30:
-        name = f"the pool of huge pages, {pool.available} of {exact_size(huge)} free"
-        yield name, Memfd(hugetlb=True), pool.available * huge, None
-    yield f"a simulated backend of {exact_size(room)}", Simulated(capacity=room), room, None
+    if pool is not None and pool.available == 0:
+        # (One with pages is left alone: others may be about to use them.)
+        yield _Scarce("the pool of huge pages, which is empty", Memfd(hugetlb=True), 0)
+    else:
+        yield _Scarce(f"a memfd that was truncated to {exact_size(room)}", Memfd(seal=False), room, truncate=True)
 
 
-def _run_out(report: Report, backend: Backend, room: int) -> None:
+def _run_out(report: Report, scarce: _Scarce) -> None:
     # headroom="off": the kernel itself shall refuse, half way through.
-    with Region(1 << 40, backend=backend, headroom="off") as region:
-        report.backend, report.strategy = str(backend), region.stats().strategy
-        report.size, report.block_size = region.size, region.block_size
-        half = room // region.block_size // 2
+    with Region(1 << 40, backend=scarce.backend, headroom="off") as region:
+        report.describe(region)
+        half = scarce.room // region.block_size // 2
+        if scarce.truncate:
+            _calls.kernel.ftruncate(region.fileno(), scarce.room)
+        step = report.step(f"reserve {exact_size(region.size)}", region)
+        step.check("uses no memory", step.used == 0)
         if half:
             region.plug(0, half)
             _write(region, 0, half)
-        before = used_bytes(region)
-        report.figures.append(Figure("before", region.plugged_size, before))
-        try:
-            region.plug(half, room // region.block_size + 1)
-        except BackendExhaustedError as error:
-            code = errno.errorcode.get(error.errno or 0, "?")
-            report.note = (
-                f"{type(error).__name__} [{code}]: {error.cause.value}, "
-                f"after {format_size(error.populated)} had been populated"
-            )
-            report.check("the plug failed with an error and not with SIGBUS", True)
-            report.check("what had been populated was given back", error.rolled_back)
+            step = report.step(f"plug and write {_blocks(0, half)}", region)
+            step.check("takes exactly the plugged bytes", step.used == step.plugged)
+        too_many = scarce.room // region.block_size + 1
+        before = report.steps[-1].used
+        error = _plug_too_many(region, half, too_many)
+        step = report.step(f"plug {_blocks(half, too_many)}", region)
+        if error is None:
+            step.check("fails with an error", False)
         else:
-            report.check("the plug failed with an error and not with SIGBUS", False)
-        after = used_bytes(region)
-        report.figures.append(Figure("after", region.plugged_size, after))
-        report.check("memory in use is as before", after == before)
-        report.check("no block changed its state", region.plugged_blocks == half)
-        report.check("the other blocks keep their content", _intact(region, 0, half))
-        report.block_map = block_map(region, 4 * half + 1)
-        report.check(f"the audit agrees with the kernel: {region.audit()}", region.audit().ok)
+            code = errno.errorcode.get(error.errno or 0, "?")
+            report.notes.append(f"{type(error).__name__} [{code}]: {error.strerror}")
+            step.check(f"fails with an error and not with SIGBUS: {error.cause.value}", True)
+            done = f", with {exact_size(error.populated)} or more populated by then" if error.populated else ""
+            step.check(f"rolled back{done}", error.rolled_back and step.used == before)
+        step.check("no block has changed its state", region.plugged_blocks == half)
         if half:
+            step.check("the other blocks keep their content", _intact(region, 0, half))
+        _audit(report, region, 2 * half + 1)
+        if error is not None and half:
             region.unplug(0)
             region.plug(half)
-            report.check("with room again, the same plug works", region.is_plugged(half))
+            step = report.step(f"unplug block 0, plug {_blocks(half, 1)}", region)
+            step.check("with room again it works", region.is_plugged(half) and step.used == before)
+
+
+def _plug_too_many(region: Region, first: int, count: int) -> PopulateError | None:
+    try:
+        region.plug(first, count)
+    except PopulateError as error:
+        return error.with_traceback(None)
+    return None

@@ -5,11 +5,12 @@ Used by `sparsemem probe` and `sparsemem demo`; prints nothing.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import attrs
 from attrs import frozen
@@ -23,7 +24,12 @@ from sparsemem.region import Region
 from sparsemem.units import exact_size
 
 STRATEGIES = (POPULATE_WRITE, FUTEX)
-_TEMPLATE_BYTES = 64 << 20
+
+# What is answered where a mapping is too large for the machine, the user or the file.
+_TOO_LARGE = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EFBIG, errno.EINVAL, errno.ENOSPC})
+
+# Without map_files the kernel is asked about every single page: 14 s for 1 TiB, measured.
+_AUDITED_BY_PAGE = 32 << 30
 
 
 @frozen
@@ -33,12 +39,14 @@ class Candidate:
     Attributes:
         name: What people call it.
         make: Makes the backend; may raise what explains why it cannot be had.
-        size: Bytes to reserve where nothing says otherwise.
+        audited: Bytes that can be audited in good time; None is any number.
+        strategies: The ways to populate that are worth trying.
     """
 
     name: str
     make: Callable[[], Backend]
-    size: int = 1 << 40
+    audited: int | None = None
+    strategies: tuple[str, ...] = STRATEGIES
 
 
 @frozen
@@ -51,66 +59,116 @@ class Finding:
     why: str = ""
 
 
+# ---- what there is to try -----------------------------------------------------------------
+
+
 @contextmanager
 def candidates() -> Iterator[list[Candidate]]:
     """Every kind of mapping, with folders for the files that some need, removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="sparsemem-") as disk, _folder_on_tmpfs() as shm:
-        template = os.path.join(disk, "template")
-        with open(template, "wb") as file:
-            file.write(b"template" * 512)
-            file.truncate(_TEMPLATE_BYTES)
+    with ExitStack() as stack:
+        disk = _Folder(stack, "disk", _disks())
+        shm = _Folder(stack, "tmpfs", _on(lib.TMPFS_MAGIC, _tmpfses()))
+        huge = _Folder(stack, "hugetlbfs", _on(lib.HUGETLBFS_MAGIC, files.mounts("hugetlbfs")))
         yield [
             Candidate("anonymous private", lambda: Anonymous()),
-            Candidate("anonymous shared", lambda: Anonymous(shared=True)),
+            Candidate(
+                "anonymous shared",
+                lambda: Anonymous(shared=True),
+                audited=None if probe.opens_map_files() else _AUDITED_BY_PAGE,
+            ),
             Candidate("anonymous hugetlb", lambda: Anonymous(hugetlb=True)),
             Candidate("memfd shared", lambda: Memfd()),
             Candidate("memfd private", lambda: Memfd(shared=False)),
             Candidate("memfd hugetlb shared", lambda: Memfd(hugetlb=True)),
             Candidate("memfd hugetlb private", lambda: Memfd(hugetlb=True, shared=False)),
-            Candidate("tmpfs file shared", lambda: File(_in(shm, "shared"), delete=True)),
-            Candidate("tmpfs file private", lambda: File(_in(shm, "private"), shared=False, delete=True)),
-            Candidate("hugetlbfs file shared", lambda: File(_on_hugetlbfs(), delete=True)),
-            Candidate("disk file shared", lambda: File(_in(disk, "shared"), delete=True)),
-            Candidate("disk file private", lambda: File(_in(disk, "private"), shared=False, delete=True)),
-            Candidate("disk file template", lambda: File(template, shared=False), _TEMPLATE_BYTES),
+            Candidate("tmpfs file shared", lambda: File(shm / "shared", delete=True)),
+            Candidate("tmpfs file private", lambda: File(shm / "private", shared=False, delete=True)),
+            Candidate("hugetlbfs file shared", lambda: File(huge / "shared", delete=True)),
+            Candidate("hugetlbfs file private", lambda: File(huge / "private", shared=False, delete=True)),
+            Candidate("disk file shared", lambda: File(disk / "shared", delete=True)),
+            Candidate("disk file private", lambda: File(disk / "private", shared=False, delete=True)),
+            Candidate("disk file template", lambda: File(_template(disk / "template"), shared=False)),
             Candidate("memfd_secret", lambda: Secret()),
-            Candidate("simulated", lambda: Simulated(), 1 << 50),
+            Candidate("simulated", lambda: Simulated(), strategies=("simulated",)),
         ]
 
 
-@contextmanager
-def _folder_on_tmpfs() -> Iterator[str | None]:
-    for parent in ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", "")):
-        if parent and os.access(parent, os.W_OK):
-            with tempfile.TemporaryDirectory(prefix="sparsemem-", dir=parent) as folder:
-                yield folder
+class _Folder:
+    """A temporary folder in the first place that can be written to; `/` is a path in it or says that there is none."""
+
+    def __init__(self, stack: ExitStack, what: str, places: Iterable[str]) -> None:
+        self._what = what
+        self._path = None
+        for place in places:
+            try:
+                self._path = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparsemem-", dir=place))
                 return
-    yield None
+            except OSError:
+                continue
+
+    def __truediv__(self, name: str) -> str:
+        if self._path is None:
+            raise UnsupportedError(f"there is no {self._what} here that this user may write to")
+        return os.path.join(self._path, name)
 
 
-def _in(folder: str | None, name: str) -> str:
-    if folder is None:
-        raise UnsupportedError("no tmpfs that this user may write to (/dev/shm)")
-    return os.path.join(folder, name)
+def _disks() -> list[str]:
+    """Folders that are not in memory (/tmp often is)."""
+    in_memory = (0, lib.TMPFS_MAGIC, lib.HUGETLBFS_MAGIC)
+    places = (tempfile.gettempdir(), "/var/tmp", os.path.expanduser("~"), os.getcwd())
+    return [place for place in places if probe.file_system(place) not in in_memory]
 
 
-def _on_hugetlbfs() -> str:
-    for line in files.shared_files().whole_text("/proc/self/mountinfo").splitlines():
-        if " - hugetlbfs " in line and os.access(line.split()[4], os.W_OK):
-            return os.path.join(line.split()[4], f"sparsemem-{os.getpid()}")
-    raise UnsupportedError("no hugetlbfs is mounted where this user may write")
+def _tmpfses() -> tuple[str, ...]:
+    return ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir())
 
 
-def reserve(candidate: Candidate, backend: Backend, size: int, *, headroom: str = "check") -> tuple[Region, str]:
-    """A region of `size` bytes, or as large as the backend allows; the second is why it is smaller."""
-    try:
-        return Region(size, backend=backend, headroom=headroom), ""
-    except OSError as error:
-        smaller = max(1 << 26, backend.page_size * 4)
-        if size <= smaller:
-            raise
-        region = Region(smaller, backend=backend, headroom=headroom)
-        return region, f"only {exact_size(smaller)}: {error.strerror}"
+def _on(magic: int, places: Iterable[str]) -> list[str]:
+    return [place for place in places if place and probe.file_system(place) == magic]
+
+
+def _template(path: str) -> str:
+    """A sparse file with something in it here and there."""
+    if not os.path.exists(path):
+        with open(path, "wb") as file:
+            for offset in range(0, 64 << 20, 1 << 20):
+                file.seek(offset)
+                file.write(b"template" * 512)
+            size = 1 << 40
+            while True:
+                try:
+                    file.truncate(size)
+                    break
+                except OSError:  # a limit on the size of files
+                    size >>= 1
+                    if size < 64 << 20:
+                        raise
+    return path
+
+
+# ---- trying it ------------------------------------------------------------------------------
+
+
+def reserve(backend: Backend, size: int, plug: int, *, headroom: str = "check") -> tuple[Region, str]:
+    """A region of `size` bytes, or as large as the backend allows; the second is why it is smaller.
+
+    The blocks are such that `plug` bytes are some, and that there are more than those.
+    """
+    page, why = backend.page_size, ""
+    while True:
+        block = max(page, min(backend.preferred_block_size, _power_of_two(plug // 4), _power_of_two(size // 16)))
+        try:
+            return Region(size, block_size=block, backend=backend, headroom=headroom), why
+        except OSError as error:
+            if error.errno not in _TOO_LARGE or size < 8 * page:
+                raise
+            why = why or reason(error)
+            size = _power_of_two(size - 1)
+
+
+def _power_of_two(size: int) -> int:
+    """The largest one that is not above."""
+    return 1 << max(0, size.bit_length() - 1)
 
 
 def attempt(candidate: Candidate, strategy: str) -> Finding:
@@ -119,27 +177,42 @@ def attempt(candidate: Candidate, strategy: str) -> Finding:
         backend = candidate.make()
         if isinstance(backend, (Anonymous, Memfd, File)):
             backend = attrs.evolve(backend, strategy=strategy)
-        elif isinstance(backend, Secret) and strategy != FUTEX:
-            return Finding(candidate.name, strategy, False, "MADV_POPULATE_WRITE is EINVAL on memfd_secret")
-        region, _ = reserve(candidate, backend, min(candidate.size, 1 << 30))
+        region, _ = reserve(backend, 1 << 30, 8 << 20)
         with region:
-            region.plug(1)
-            if not isinstance(backend, Simulated):
-                with region.view(1) as view:
-                    view[0] = view[-1] = 0x5A
-                    if view[0] != 0x5A or view[-1] != 0x5A:
-                        return Finding(candidate.name, strategy, False, "what was written does not read back")
-            why = ""
-            try:
-                region.unplug(1)
-            except UnsupportedError:
-                why = "plug-only: it gives nothing back"
-            audit = region.audit()
-            if not audit.ok:
-                return Finding(candidate.name, strategy, False, str(audit))
-            return Finding(candidate.name, strategy, True, why)
+            problem, remark = _try_secret(region, strategy) if isinstance(backend, Secret) else ("", "")
+            problem = problem or _try_block(region)
+            return Finding(candidate.name, strategy, not problem, problem or remark)
     except (SparseMemError, OSError, ValueError) as error:
         return Finding(candidate.name, strategy, False, reason(error))
+
+
+def _try_block(region: Region) -> str:
+    """One block through its life; what is wrong, or ""."""
+    region.plug(1)
+    if not isinstance(region.backend, Simulated):
+        with region.view(1) as view:
+            view[0] = view[-1] = 0x5A
+            if view[0] != 0x5A or view[-1] != 0x5A:
+                return "what was written does not read back"
+    plugged = region.audit()
+    if not plugged.ok:
+        return f"plugged: {plugged}"
+    if not isinstance(region.backend, Secret):
+        region.unplug(1)
+    unplugged = region.audit()
+    return "" if unplugged.ok else f"unplugged: {unplugged}"
+
+
+def _try_secret(region: Region, strategy: str) -> tuple[str, str]:
+    """Tries what the library never does, since it is known to fail: a problem, a remark."""
+    advice = lib.MADV_POPULATE_WRITE if strategy == POPULATE_WRITE else lib.MADV_REMOVE
+    try:
+        calls.kernel.madvise(region.address, region.page_size, advice)
+    except OSError as error:
+        if strategy == POPULATE_WRITE:
+            return f"MADV_POPULATE_WRITE on secret memory: {error.strerror}", ""
+        return "", f"plug-only, it gives nothing back (MADV_REMOVE: {error.strerror})"
+    return "", f"this kernel can do more than sparsemem uses: advice {advice} works"
 
 
 def reason(error: BaseException) -> str:
@@ -154,11 +227,7 @@ def reason(error: BaseException) -> str:
 def survey() -> list[Finding]:
     """Tries everything."""
     with candidates() as known:
-        return [
-            attempt(candidate, strategy)
-            for candidate in known
-            for strategy in (STRATEGIES if candidate.name != "simulated" else ("simulated",))
-        ]
+        return [attempt(candidate, strategy) for candidate in known for strategy in candidate.strategies]
 
 
 def machine() -> dict[str, object]:
@@ -178,6 +247,8 @@ def machine() -> dict[str, object]:
         "cgroup_limits": [attrs.asdict(limit) for limit in files.group_limits(texts)],
         "populate_write": probe.populate_write(kernel),
         "pagemap_scan": probe.scans_pagemap(kernel),
+        "memfd_secret": probe.makes_secrets(kernel),
+        "locked_memory_limit": probe.lockable(),
         "wipe_on_fork": probe.advises(kernel, lib.MADV_WIPEONFORK),
         "named_mappings": probe.names_mappings(kernel),
     }

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import weakref
 from collections.abc import Hashable
@@ -138,6 +139,21 @@ def mapping_fields(address: int, length: int) -> dict[str, int]:
                 name = words[0][:-1]
                 sums[name] = sums.get(name, 0) + int(words[1]) * 1024
     return sums
+
+
+def mounts(kind: str) -> list[str]:
+    """Where file systems of a kind are mounted."""
+    found = []
+    for line in shared_files().whole_text("/proc/self/mountinfo").splitlines():
+        mount, _, about = line.partition(" - ")
+        if about.split(" ", 1)[0] == kind:
+            found.append(_unescaped(mount.split()[4]))
+    return found
+
+
+def _unescaped(path: str) -> str:
+    r"""A path of mountinfo, in which a blank is `\040`."""
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path)
 
 
 # ---- huge pages ------------------------------------------------------------------

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
-from sparsemem._sys import lib
+from sparsemem._sys import ffi, lib
 from sparsemem._sys.calls import Calls, check
 from sparsemem._sys.files import PAGE_SIZE
 from sparsemem._sys.residency import page_cache, private_scan
+
+if TYPE_CHECKING:
+    import socket
 
 _PRIVATE = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
 
@@ -56,6 +61,95 @@ def detached_tmpfs_file(size: int) -> int:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=mount)
     finally:
         os.close(mount)
+
+
+def user_tmpfs_file(size: int) -> int:
+    """As `detached_tmpfs_file` for those who may not mount: made in a user namespace of their own.
+
+    A child enters it and hands the descriptor over; the file stays when it is gone.
+
+    Raises:
+        OSError: User namespaces are switched off, or the child failed otherwise.
+    """
+    import socket
+    import warnings
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with warnings.catch_warnings():
+            # 3.12 warns of forks beside threads: this child takes no lock and leaves.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            _hand_over_tmpfs_file(theirs, size)
+        theirs.close()
+        try:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        finally:
+            _, status = os.waitpid(child, 0)
+    if not fds:
+        code = os.waitstatus_to_exitcode(status)
+        code = code if code > 0 else errno.EIO
+        raise OSError(code, os.strerror(code))
+    os.set_inheritable(fds[0], False)  # what arrives through a socket is open to children
+    return fds[0]
+
+
+def _hand_over_tmpfs_file(to: socket.socket, size: int) -> NoReturn:
+    """The child's whole life; its exit status is the errno of what went wrong."""
+    import socket
+
+    status = errno.EIO
+    try:
+        user, group = os.geteuid(), os.getegid()
+        check(lib.sm_enter_namespaces())
+        # Without a mapping of our own ids no file can be made.
+        for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
+                file.write(line)
+        socket.send_fds(to, [b"f"], [detached_tmpfs_file(size)])
+        status = 0
+    except OSError as error:
+        status = error.errno or errno.EIO
+    finally:
+        os._exit(status)
+
+
+def file_system(path: str) -> int:
+    """The magic number of the file system that a path is on, 0 if there is no such path."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        return check(lib.sm_filesystem_type(fd, ffi.new("uint64_t *")))
+    finally:
+        os.close(fd)
+
+
+def makes_secrets(calls: Calls) -> bool:
+    """Whether memfd_secret() works (5.14; often switched off)."""
+    try:
+        os.close(calls.memfd_secret())
+    except OSError:
+        return False
+    return True
+
+
+def opens_map_files() -> bool:
+    """Whether shared anonymous memory can be opened as a file: if not, auditing 1 TiB of it takes 14 s."""
+    try:
+        with os.scandir("/proc/self/map_files") as mappings:
+            os.close(os.open(next(mappings).path, os.O_RDONLY | os.O_CLOEXEC))
+    except (OSError, StopIteration):
+        return False
+    return True
+
+
+def lockable() -> int | None:
+    """Bytes that one without privileges may lock (RLIMIT_MEMLOCK), as secret memory is; None is no limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def names_mappings(calls: Calls) -> bool:

@@ -8,25 +8,35 @@ from typing import Any
 
 import attrs
 
-from sparsemem.cli.table import columns, show_size
+from sparsemem.cli.table import add_output_options, columns, show_size
 from sparsemem.survey import machine, survey
 
 _HELP = "find out what works here"
 _DESCRIPTION = """\
 Finds out what this kernel, user and machine support. Every line is found by
-trying it: a small region is reserved, a block plugged, written, read, unplugged
-and audited, for each backend and each way to populate it.
+trying it: for each backend and each way to populate it, a small region is
+reserved, a block plugged, written, read, unplugged and audited. What does not
+work says why.
 """
-_YES_NO = {True: "yes", False: "no", None: "-"}
+_EPILOG = """\
+examples:
+  sparsemem probe
+  sparsemem probe --json | jq '.backends[] | select(.works | not)'
+"""
+_YES_NO = {True: "yes", False: "no"}
+_OVERCOMMIT = {0: "0 (heuristic)", 1: "1 (always)", 2: "2 (strict)"}
 
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
-        "probe", help=_HELP, description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "probe",
+        help=_HELP,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--bytes", action="store_true", help="print sizes in bytes")
+    add_output_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -38,30 +48,42 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(columns(_facts(facts, options.bytes)))
     print()
-    rows = [("BACKEND", "STRATEGY", "WORKS", "WHY")]
+    rows = [("BACKEND", "STRATEGY", "WORKS", "REMARK")]
     rows += [(found.name, found.strategy, _YES_NO[found.works], found.why) for found in findings]
     print(columns(rows))
     return 0
 
 
 def _facts(facts: dict[str, Any], raw: bool) -> list[tuple[str, str]]:
-    def size(name: str) -> str:
-        return "none" if not facts[name] else show_size(facts[name], raw)
+    def size(name: str, none: str = "none") -> str:
+        return none if facts[name] is None else show_size(facts[name], raw)
 
+    tried = {
+        "MADV_POPULATE_WRITE:": "populate_write",
+        "PAGEMAP_SCAN:": "pagemap_scan",
+        "memfd_secret:": "memfd_secret",
+        "MADV_WIPEONFORK:": "wipe_on_fork",
+        "Named mappings:": "named_mappings",
+    }
     rows = [
         ("Kernel:", f"{facts['kernel']} {facts['architecture']}"),
         ("User:", facts["user"]),
         ("Page size:", size("page_size")),
         ("Transparent huge pages:", f"{size('thp_size')}, mode {facts['thp_mode'] or '-'}"),
-        ("Overcommit mode:", str(facts["overcommit_memory"])),
+        *(
+            (f"Huge pages of {name}:", f"{pool['free']} of {pool['total']} free")
+            for name, pool in facts["huge_pages"].items()
+        ),
         ("Largest reservation:", size("largest_reservation")),
-        ("MADV_POPULATE_WRITE:", _YES_NO[facts["populate_write"]]),
-        ("PAGEMAP_SCAN:", _YES_NO[facts["pagemap_scan"]]),
-        ("MADV_WIPEONFORK:", _YES_NO[facts["wipe_on_fork"]]),
-        ("Named mappings:", _YES_NO[facts["named_mappings"]]),
+        ("Overcommit mode:", _OVERCOMMIT.get(facts["overcommit_memory"], "unknown")),
+        ("Locked memory limit:", size("locked_memory_limit", "unlimited")),
     ]
-    for name, pool in facts["huge_pages"].items():
-        rows.append((f"Huge pages of {name}:", f"{pool['free']} of {pool['total']} free"))
-    for limit in facts["cgroup_limits"]:
-        rows.append(("Control group limit:", f"{show_size(limit['limit'], raw)} at {limit['group']}"))
-    return rows
+    limits = [
+        (
+            "Control group limit:",
+            f"{show_size(limit['limit'], raw)}, {show_size(limit['usage'], raw)} of it used, at {limit['group']}",
+        )
+        for limit in facts["cgroup_limits"]
+    ]
+    rows += limits or [("Control group limit:", "none")]
+    return rows + [(label, _YES_NO[facts[name]]) for label, name in tried.items()]

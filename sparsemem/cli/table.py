@@ -1,10 +1,17 @@
-"""Aligned columns, like those of lsmem."""
+"""Aligned columns, like those of lsmem, and the options that say how to print."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 
 from sparsemem.units import format_size
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """`--json` and `--bytes`."""
+    parser.add_argument("--json", action="store_true", help="print JSON (sizes in bytes)")
+    parser.add_argument("--bytes", action="store_true", help="print sizes in bytes instead of 64M")
 
 
 def show_size(size: int, raw: bool) -> str:

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <linux/fiemap.h>
 #include <linux/fs.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -169,6 +170,12 @@ int sm_detached_tmpfs(const char *size)
     if (fs >= 0)
         close((int)fs);
     return mount < 0 ? -error : (int)mount;
+}
+
+/* A user namespace of one's own makes anybody root of a mount namespace. */
+int sm_enter_namespaces(void)
+{
+    return result(unshare(CLONE_NEWUSER | CLONE_NEWNS));
 }
 
 int sm_name_mapping(uint64_t address, uint64_t length, const char *name)
