@@ -227,6 +227,17 @@ class Claim:
         lib.sm_claim_select(self._c, which, value, out, n)
         return Runs(out, n)
 
+    def bridge(self, victims: Runs, most: int) -> Runs:
+        """Victims, runs within the claim, joined over unplugged gaps of at most `most` blocks.
+
+        The gaps are claimed, too; where somebody uses one, it stays a gap.
+        """
+        if most == 0 or victims.n < 2:
+            return victims
+        out = ffi.new("sm_run[]", victims.n)
+        ffi.memmove(out, victims.array, ffi.sizeof("sm_run") * victims.n)
+        return Runs(out, lib.sm_claim_bridge(self._c, most, out, victims.n))
+
     def charge(self, size: int) -> None:
         """Takes bytes from the budget, if there is one; given back unless the claim ends plugged.
 

@@ -1,21 +1,36 @@
 """Runs, chunk by chunk, through a mapping; and what was begun when it stops.
 
-The loop itself is C and runs without the GIL.  It comes back about every 20 ms,
-so that Python sees signals: a plug of many GiB ends at Ctrl-C.  (Chunks issued
-one by one from Python were 8 times slower beside a busy Python thread, since
-each return waits for the GIL.)
+The loop itself is C and runs without the GIL.  It comes back about every 40 ms,
+so that Python sees signals, and who asked for it progress, a deadline or a
+cancel: a plug of many GiB ends at Ctrl-C.  (Chunks issued one by one from Python
+were 8 times slower beside a busy Python thread, since each return waits for the
+GIL, 5 ms; once in 40 ms that is little.)
+
+Large work is cut into parts for several threads.  The calling thread works on
+one of them; the others stay in C until their part is done, one fails, or the
+crew is told to stop.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+from attrs import field, frozen
+
+from sparsemem import workers
 from sparsemem._sys import ffi, lib
 from sparsemem.backends.base import Mapping
-from sparsemem.errors import Run
-from sparsemem.runs import Runs
+from sparsemem.errors import DeadlineError, OperationCancelledError, Run
+from sparsemem.runs import Runs, join, subtract, to_blocks
 
-SLICE_NS = 20_000_000
+SLICE_NS = 40_000_000
 POPULATE_CHUNK = 2 << 20
 DISCARD_CHUNK = 16 << 20
+_FOR_EVER = 1 << 62
 
 
 class StepFailedError(Exception):
@@ -23,14 +38,46 @@ class StepFailedError(Exception):
 
     Attributes:
         errno: The kernel's.
-        offset: Byte offset of the chunk that failed.
-        step: The system call.
+        offset: Byte offset of what it failed on.
     """
 
     def __init__(self, errno: int, offset: int) -> None:
         super().__init__(errno, offset)
         self.errno = errno
         self.offset = offset
+
+
+@frozen
+class Control:
+    """How the caller looks on, and how it can stop the work.
+
+    Attributes:
+        progress: Called with the bytes done and those in all, about every 40 ms and
+            at the end, in the calling thread.  What it raises stops the work.
+        cancel: Stops the work when it is set.
+        deadline: `time.monotonic()` at which it stops.
+    """
+
+    progress: Callable[[int, int], object] | None = None
+    cancel: threading.Event | None = None
+    deadline: float | None = field(default=None)
+
+    def check(self, done: int, total: int) -> None:
+        """Tells the progress, and stops what is to be stopped.
+
+        Raises:
+            OperationCancelledError: It was cancelled.
+            DeadlineError: It takes too long.
+        """
+        if self.progress is not None:
+            self.progress(done, total)
+        if self.cancel is not None and self.cancel.is_set():
+            raise OperationCancelledError(f"cancelled after {done} of {total} bytes")
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise DeadlineError(f"the deadline came after {done} of {total} bytes")
+
+
+UNWATCHED = Control()
 
 
 class Work:
@@ -41,14 +88,21 @@ class Work:
         operation: "populate", "repopulate" or "discard".
         runs: What to work through, in units of `1 << shift` bytes.
         shift: The unit.
+        threads: How many may work on it.
+        unit: Bytes; no two threads work on one such piece.
     """
 
-    def __init__(self, mapping: Mapping, operation: str, runs: Runs, shift: int) -> None:
+    def __init__(
+        self, mapping: Mapping, operation: str, runs: Runs, shift: int, *, threads: int = 1, unit: int = 1
+    ) -> None:
         self._mapping = mapping
         self._operation = operation
-        self._runs = runs  # the job points at them
+        self._runs = runs  # the jobs point at them
+        self._total = runs.total << shift
+        self._completed: list[Run] = []
+        self._futures: list[Future[None]] = []
         self.failed: list[Run] = []
-        """Byte runs of the chunks that `run_through` has skipped."""
+        """Byte runs that `run_through` has skipped."""
         job = self._job = ffi.new("sm_job *")
         job.runs, job.nruns, job.shift = runs.array, runs.n, shift
         # A chunk is a multiple of every page size, huge ones included: the
@@ -56,99 +110,138 @@ class Work:
         chunk = DISCARD_CHUNK if operation == "discard" else POPULATE_CHUNK
         job.chunk = max(chunk, mapping.granule)
         mapping.prepare(job, operation)
+        self._crew: Any = None
+        self._parts = [job]
+        if threads > 1:
+            self._crew = job.crew = ffi.new("sm_crew *")
+            self._array = ffi.new("sm_job[]", threads)
+            lib.sm_job_split(job, max(job.chunk, unit), self._array, threads)
+            self._parts = [self._array + i for i in range(threads)]
 
-    def run(self) -> None:
+    def run(self, control: Control = UNWATCHED) -> None:
         """Works to the end.
 
         Raises:
-            StepFailedError: A step failed; the cursor stands before its chunk.
+            StepFailedError: A step failed; the others have stopped.
+            What `Control.check` raises; the work has stopped, too.
         """
-        job = self._job
+        try:
+            if control is not UNWATCHED:
+                control.check(self.bytes, self._total)
+            self._lend()
+            # The first part is ours, and so are those that no thread would take.
+            for part in (self._parts[0], *self._parts[1 + len(self._futures) :]):
+                self._advance(part, control)
+            while self._futures and wait(self._futures, timeout=SLICE_NS / 1e9).not_done:
+                self._look_up(control)
+        finally:
+            self._stop()
+        for future in self._futures:
+            future.result()
+        for part in self._parts:
+            if part.failed:
+                raise StepFailedError(part.failed, part.failed_at)
+        if control is not UNWATCHED:
+            control.check(self.bytes, self._total)
+
+    def _lend(self) -> None:
+        if self._crew is not None:
+            self._crew.stop = 0
+            for part in self._parts[1:]:
+                future = workers.submit(self._finish, part)
+                if future is None:
+                    break
+                self._futures.append(future)
+
+    def _finish(self, part: Any) -> None:
         code = lib.SM_MORE
-        while code == lib.SM_MORE:
-            code = self._mapping.advance(job, self._operation, SLICE_NS)
-        if code < 0:
-            raise StepFailedError(-code, self.offset)
+        while code == lib.SM_MORE and not self._crew.stop:  # MORE: a signal came in between
+            code = self._mapping.advance(part, self._operation, _FOR_EVER)
+
+    def _advance(self, part: Any, control: Control) -> None:
+        code = lib.SM_MORE
+        while code == lib.SM_MORE and not (self._crew is not None and self._crew.stop):
+            code = self._mapping.advance(part, self._operation, SLICE_NS)
+            if code == lib.SM_MORE:
+                self._look_up(control)
+
+    def _look_up(self, control: Control) -> None:
+        if control is not UNWATCHED:
+            control.check(self.bytes, self._total)
+
+    def _stop(self) -> None:
+        """Nobody works on it any more when this returns, so that what was begun is known."""
+        if self._crew is not None:
+            for future in self._futures:
+                future.cancel()
+            while lib.sm_crew_stop(self._crew, 50):
+                pass
 
     def run_through(self) -> None:
-        """Works to the end whatever fails; `failed` tells which chunks did."""
+        """Works to the end whatever fails; `failed` tells which ranges did.  For one thread."""
+        job = self._job
         while True:
             try:
                 self.run()
                 return
             except StepFailedError:
                 # Noted before it is skipped: an interrupt in between only makes
-                # the chunk fail twice.
-                self.failed.append((self.offset, self._job.inflight))
-                self._skip()
+                # the range fail twice.
+                self.failed += subtract(self.begun(), self.done())
+                job.failed = 0
+                job.at = job.begun
 
-    def _skip(self) -> None:
-        job = self._job
-        job.done += max(job.inflight, self._mapping.page_size)
-        job.inflight = 0
-        if job.done >= job.runs[job.run].count << job.shift:
-            job.run += 1
-            job.done = 0
-
-    def complete_unit(self, unit: int) -> None:
-        """Works on to the next multiple of `unit` bytes, if it stands in the middle of one.
+    def complete_unit(self, shift: int) -> None:
+        """Works on to the ends of the units of `1 << shift` bytes that are begun.
 
         Raises:
             StepFailedError: As `run`.
         """
-        job = self._job
-        end = -(-(job.done + job.inflight) // unit) * unit
-        if job.run == job.nruns or end == job.done:
-            return
-        last = job.runs[job.run]
-        rest = Runs(ffi.new("sm_run[]", [((last.first << job.shift) + job.done, end - job.done)]), 1)
-        Work(self._mapping, self._operation, rest, 0).run()
-        job.inflight = 0
-        job.done = end
-        if end == last.count << job.shift:
-            job.run += 1
-            job.done = 0
+        begun = [(first << shift, count << shift) for first, count in to_blocks(self.begun(), shift)]
+        rest = subtract(begun, self.done())
+        if rest:
+            Work(self._mapping, self._operation, Runs(ffi.new("sm_run[]", rest), len(rest)), 0).run()
+            self._completed = rest
 
     # ---- how far it got ----------------------------------------------------------------
 
     @property
-    def offset(self) -> int:
-        """Byte offset at which the cursor stands; the end of the last run when done."""
-        job = self._job
-        if job.run == job.nruns:
-            return int(sum(self._byte_run(job.nruns - 1))) if job.nruns else 0
-        return int((job.runs[job.run].first << job.shift) + job.done)
-
-    @property
     def bytes(self) -> int:
         """Bytes done."""
-        return int(self._job.bytes)
+        return sum(int(part.bytes) for part in self._parts)
 
     @property
     def calls(self) -> int:
         """System calls made."""
-        return int(self._job.calls)
+        return sum(int(part.calls) for part in self._parts)
 
     @property
     def step_failed(self) -> bool:
-        """Whether a step failed at the cursor; noted in C, so that an interrupt cannot hide it."""
-        return bool(self._job.failed)
+        """Whether a step failed; noted in C, so that an interrupt cannot hide it."""
+        self._stop()
+        return any(part.failed for part in self._parts)
 
     def begun(self) -> list[Run]:
         """Byte runs that were touched at all: what a rollback has to undo."""
-        return self._upto(self._job.inflight)
+        self._stop()
+        return [run for part in self._parts for run in self._between(part, part.begun)]
 
     def done(self) -> list[Run]:
         """Byte runs that are completely done."""
-        return self._upto(0)
+        self._stop()
+        done = [run for part in self._parts for run in self._between(part, part.at)]
+        return join([*done, *self._completed]) if self._completed else done
 
-    def _upto(self, more: int) -> list[Run]:
-        job = self._job
-        whole = [self._byte_run(i) for i in range(job.run)]
-        if job.run < job.nruns and job.done + more:
-            whole.append((job.runs[job.run].first << job.shift, job.done + more))
-        return whole
-
-    def _byte_run(self, index: int) -> Run:
-        run = self._job.runs[index]
-        return run.first << self._job.shift, run.count << self._job.shift
+    def _between(self, part: Any, end: Any) -> list[Run]:
+        """From where a part starts to a cursor of it."""
+        shift, start = part.shift, part.start
+        runs = [(run.first << shift, run.count << shift) for run in part.runs[start.run : end.run]]
+        if end.done:
+            runs.append((part.runs[end.run].first << shift, end.done))
+        elif part.tail and end.run == part.nruns:
+            runs[-1] = (runs[-1][0], part.tail)
+        if start.done and runs:
+            runs[0] = (runs[0][0] + start.done, runs[0][1] - start.done)
+            if not runs[0][1]:
+                del runs[0]
+        return runs

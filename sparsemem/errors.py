@@ -176,12 +176,36 @@ class SnapshotError(SparseMemError, ValueError):
     """A snapshot file is not what it should be."""
 
 
-class OperationCancelledError(SparseMemError):
-    """The operation was cancelled; a plug is rolled back."""
+class _StoppedError(SparseMemError):
+    """What the two below have in common."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        discarded: tuple[Run, ...] = (),
+        remaining: tuple[Run, ...] = (),
+        tainted: tuple[Run, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.discarded = discarded
+        self.remaining = remaining
+        self.tainted = tainted
 
 
-class DeadlineError(SparseMemError, TimeoutError):
-    """The operation did not end in time; a plug is rolled back."""
+class OperationCancelledError(_StoppedError):
+    """The operation was cancelled.  A plug is rolled back; an unplug stops where it is.
+
+    Attributes:
+        discarded: Of an unplug, runs of blocks that were unplugged before; and
+            likewise as for `DiscardError`:
+        remaining: Runs that were left as they were.
+        tainted: Runs whose content is unknown.
+    """
+
+
+class DeadlineError(_StoppedError, TimeoutError):
+    """The operation did not end in time; else as `OperationCancelledError`."""
 
 
 class UnsupportedError(SparseMemError, NotImplementedError):

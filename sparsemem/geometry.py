@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsemem.backends.base import Backend
+from sparsemem.runs import index_of
 from sparsemem.units import Size, exact_size, parse_size
 
 
@@ -35,3 +36,18 @@ def check_name(name: str) -> str:
     if not 1 <= len(name) <= 79 or any(not " " <= c <= "~" or c in "[]\\$`/" for c in name):
         raise ValueError(f"name {name!r} must be 1 to 79 printable ASCII characters, without []\\$`/")
     return name
+
+
+def check_threads(threads: object) -> int | None:
+    """How many threads, or None for as many as are sensible.
+
+    Raises:
+        TypeError: No integer.
+        ValueError: Not between 1 and 1024.
+    """
+    if threads is None:
+        return None
+    number = index_of(threads, "threads")
+    if not 1 <= number <= 1024:
+        raise ValueError(f"threads {number} is out of range: 1 <= threads <= 1024")
+    return number

@@ -16,13 +16,23 @@ import time
 
 from attrs import define, field
 
+from sparsemem import workers
 from sparsemem.backends.base import Mapping
 from sparsemem.blocks import BlockMap, Claim, Map, Want, runs_of
-from sparsemem.engine import StepFailedError, Work
-from sparsemem.errors import BackendExhaustedError, BlockStateError, DiscardError, PopulateError, Run, UnsupportedError
+from sparsemem.engine import UNWATCHED, Control, StepFailedError, Work
+from sparsemem.errors import (
+    BackendExhaustedError,
+    BlockStateError,
+    DeadlineError,
+    DiscardError,
+    OperationCancelledError,
+    PopulateError,
+    Run,
+    UnsupportedError,
+)
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Announcement, Listener
-from sparsemem.runs import EMPTY, Runs, single, subtract, to_blocks
+from sparsemem.runs import EMPTY, Runs, clip, join, single, subtract, to_blocks
 from sparsemem.statistics import Tally
 from sparsemem.units import exact_size
 
@@ -38,11 +48,23 @@ class Core:
     block_size: int
     gauge: Gauge
     tally: Tally
+    threads: int | None = None
     listeners: tuple[Listener, ...] = ()
     shift: int = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.shift = self.block_size.bit_length() - 1
+
+    def work(self, operation: str, runs: Runs) -> Work:
+        """The work of an operation on blocks, cut into parts for as many threads as it is worth."""
+        mapping, size = self.mapping, runs.total << self.shift
+        if not mapping.parallel:
+            threads = 1
+        elif self.threads is None:
+            threads = workers.sensible(size, huge=mapping.huge)
+        else:
+            threads = workers.limited(self.threads, size)
+        return Work(mapping, operation, runs, self.shift, threads=threads, unit=self.block_size)
 
     def block_runs(self, pairs: list[Run]) -> Runs:
         return runs_of(pairs, self.blocks.nblocks)
@@ -83,11 +105,18 @@ class Plug(Operation):
     """claim -> headroom -> populate -> listeners -> commit, and all of it or nothing."""
 
     def __init__(
-        self, core: Core, claim: Claim, *, strict: bool = True, fit: tuple[int, int, str] | None = None
+        self,
+        core: Core,
+        claim: Claim,
+        *,
+        strict: bool = True,
+        fit: tuple[int, int, str] | None = None,
+        control: Control = UNWATCHED,
     ) -> None:
         super().__init__(core, claim)
         self._strict = strict
         self._fit = fit
+        self._control = control
         self.found: int | None = None
         """The first block that `fit`, a count, an alignment and a kind of fit, has found."""
         self._work: Work | None = None
@@ -113,9 +142,9 @@ class Plug(Operation):
         # Up front, because a memory control group's limit has no errno.
         core.gauge.spend(size)
         claim.charge(size)
-        self._work = Work(core.mapping, "populate", new, core.shift)
+        self._work = core.work("populate", new)
         try:
-            self._work.run()
+            self._work.run(self._control)
         except StepFailedError as failure:
             raise self._explain(failure) from None
         # Only now: a listener may use the memory at once.
@@ -170,8 +199,17 @@ class Unplug(Operation):
     become unplugged then, as was asked for when they were tainted.
     """
 
-    def __init__(self, core: Core, claim: Claim, *, want: Want = Want.TO_UNPLUGGED, strict: bool = True) -> None:
+    def __init__(
+        self,
+        core: Core,
+        claim: Claim,
+        *,
+        want: Want = Want.TO_UNPLUGGED,
+        strict: bool = True,
+        control: Control = UNWATCHED,
+    ) -> None:
         super().__init__(core, claim)
+        self._control = control
         self._want = want
         self._strict = strict
         self._victims = EMPTY
@@ -184,8 +222,9 @@ class Unplug(Operation):
         started = time.monotonic()
         require_discard(core.mapping)
         claim.take(self._want, self._strict)
-        everything = self._strict or self._want is Want.TAINTED_ONLY
-        self._victims = claim.runs if everything else claim.select(Map.PLUGGED, True)
+        # A copy, since the claim will have the gaps in between, too.
+        which = Map.TAINTED if self._want is Want.TAINTED_ONLY else Map.PLUGGED
+        self._victims = claim.select(which, True)
         if self._victims.n == 0:
             claim.finish()
             return 0
@@ -194,14 +233,15 @@ class Unplug(Operation):
             # Before the discard: afterwards nobody may fault the memory in again.
             self._announcement = Announcement(core.listeners, "on_unplug", plugged)
             self._announcement.tell()
-        self._work = Work(core.mapping, "discard", self._victims, core.shift)
+        # Claimed only now: a listener may have worked on blocks in the gaps.
+        self._work = core.work("discard", claim.bridge(self._victims, core.mapping.bridge >> core.shift))
         try:
-            self._work.run()
+            self._work.run(self._control)
         except StepFailedError as failure:
             raise DiscardError(
                 failure.errno,
                 f"cannot discard block {failure.offset >> core.shift}: {os.strerror(failure.errno)}; "
-                f"{exact_size(self._work.bytes)} were discarded before, the blocks that it failed on are tainted",
+                "what was discarded before is unplugged, the blocks that it failed on are tainted",
             ) from None
         changed = claim.finish(unplugged=self._victims, healed=self._victims)
         core.tally.unplugged(changed << core.shift, self._work.calls, time.monotonic() - started)
@@ -213,14 +253,15 @@ class Unplug(Operation):
             return
         if self._settled is None:  # once: what is announced below must stay true
             self._settled = self._settle()
-        done, failed = self._settled
-        remaining = subtract(list(self._victims), done)
+        victims = list(self._victims)
+        done, failed = (clip(runs, victims) for runs in self._settled)
+        remaining = subtract(victims, done)
         if self._announcement is not None:
             self._announcement.take_back(only=remaining)
         gone, tainted = core.block_runs(done), core.block_runs(failed)
         changed = claim.finish(unplugged=gone, healed=gone, tainted=tainted)
         core.tally.failed(rolled_back=False, unplugged=changed << core.shift)
-        if isinstance(error, DiscardError):
+        if isinstance(error, (DiscardError, OperationCancelledError, DeadlineError)):
             error.discarded, error.tainted = tuple(done), tuple(failed)
             error.remaining = tuple(subtract(remaining, failed))
 
@@ -232,10 +273,10 @@ class Unplug(Operation):
         step_failed = work.step_failed
         if not step_failed:
             try:
-                work.complete_unit(self.core.block_size)
+                work.complete_unit(shift)
             except StepFailedError:
                 step_failed = True
-        done = [(first >> shift, count >> shift) for first, count in work.done() if count >> shift]
+        done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
         # All of a failed call's range: MADV_DONTNEED goes on past a hole and
         # still returns ENOMEM.
         begun = to_blocks(work.begun(), shift)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
@@ -23,6 +25,7 @@ from sparsemem.backends.base import Backend, Mapping, Request
 from sparsemem.bitmap import fit_code
 from sparsemem.blocks import BlockMap, Claim, Map, Want
 from sparsemem.budget import Budget
+from sparsemem.engine import UNWATCHED, Control
 from sparsemem.errors import (
     BlockRangeError,
     DiscardError,
@@ -31,7 +34,7 @@ from sparsemem.errors import (
     Run,
     SparseMemError,
 )
-from sparsemem.geometry import check_block_size, check_name, check_size
+from sparsemem.geometry import check_block_size, check_name, check_size, check_threads
 from sparsemem.headroom import Gauge, Headroom, check_mode
 from sparsemem.headroom import read as _read_headroom
 from sparsemem.listeners import Listener
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger("sparsemem")
+
+Progress = Callable[[int, int], object]
+"""Told `(bytes done, bytes in all)`."""
 
 
 class BlockState(enum.Enum):
@@ -82,6 +88,9 @@ class Region:
             private memory is copied on write and the two go separate ways, while
             shared memory stays one, though each keeps a bitmap of its own: what
             the child unplugs is gone for the parent.
+        threads: How many threads may work on one operation; each gets 64 MiB at
+            least.  By default as many as suit the size and the machine: one for
+            huge pages, else one for each processor, up to 16.
         plugged: Runs of blocks that start out plugged.  Of an adopted file they
             are taken to hold data already, which stays; fresh memory is populated.
             A plug of any other block discards first: two regions over one file
@@ -106,6 +115,7 @@ class Region:
         headroom: str = "check",
         dump: bool = False,
         fork: str = "refuse",
+        threads: int | None = None,
         plugged: RunsInput = (),
         budget: Budget | None = None,
         name: str = "sparsemem",
@@ -117,6 +127,7 @@ class Region:
             raise ValueError(f"fork {fork!r} is none of {', '.join(map(repr, _fork.MODES))}")
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget must be a Budget, not {budget!r}")
+        self._threads = check_threads(threads)
         self._headroom = check_mode(headroom)
         self._backend = backend
         self._page_size = backend.page_size
@@ -131,7 +142,7 @@ class Region:
             self._mapping: Mapping = _reserve(backend, self._request(given, dump))
             self._address = self._mapping.address
             gauge = Gauge(self._mapping.limits, headroom)
-            self._core = Core(self._mapping, blocks, self._block_size, gauge, Tally())
+            self._core = Core(self._mapping, blocks, self._block_size, gauge, Tally(), self._threads)
             self._adopt(given)
             _fork.register(self._core)
             self._closed = False  # last: what is interrupted before was never open
@@ -338,7 +349,16 @@ class Region:
 
     # ---- change ---------------------------------------------------------------------------
 
-    def plug(self, first: int, count: int = 1, *, exist_ok: bool = False) -> int:
+    def plug(
+        self,
+        first: int,
+        count: int = 1,
+        *,
+        exist_ok: bool = False,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        deadline: float | None = None,
+    ) -> int:
         """Populates blocks [first, first + count): all of them, or none and an error.
 
         Afterwards they read zero, or show the template's content.
@@ -347,11 +367,17 @@ class Region:
             first: The first block.
             count: How many blocks.
             exist_ok: Let blocks that are plugged already stay as they are.
+            progress: Called with `(bytes done, bytes in all)` about every 40 ms and
+                at the end, in this thread; what it raises stops the plug.
+            cancel: When it is set, the plug stops within 50 ms and is rolled back.
+            deadline: Seconds from now after which likewise.
 
         Returns:
             The number of blocks that were plugged.
 
         Raises:
+            OperationCancelledError: It was cancelled; nothing has changed.
+            DeadlineError: It took too long; nothing has changed.
             BlockRangeError: There are no such blocks.
             BlockStateError: A block is plugged already, or tainted.
             BackendExhaustedError: There is not enough memory; `cause` says why.
@@ -359,15 +385,26 @@ class Region:
             ListenerVetoError: A listener refused.
             RegionClosedError: It is closed.
         """
-        return self._plug(single(first, count, self.nblocks), exist_ok)
+        return self._plug(single(first, count, self.nblocks), exist_ok, _control(progress, cancel, deadline))
 
-    def plug_runs(self, runs: RunsInput, *, exist_ok: bool = False) -> int:
+    def plug_runs(
+        self,
+        runs: RunsInput,
+        *,
+        exist_ok: bool = False,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        deadline: float | None = None,
+    ) -> int:
         """Plugs several runs: all or nothing, over all of them.
 
         Args:
             runs: `(first, count)` pairs in any order, or a C-contiguous uint64
                 buffer of shape (n, 2).  Runs that touch are treated as one.
             exist_ok: As for `plug`.
+            progress: As for `plug`; so are `cancel` and `deadline`.
+            cancel: When it is set, all of it is rolled back.
+            deadline: Seconds from now.
 
         Returns:
             The number of blocks that were plugged.
@@ -376,7 +413,7 @@ class Region:
             BlockRangeError: A run is out of range, empty, or overlaps another.
             As `plug`.
         """
-        return self._plug(collect(runs, self.nblocks), exist_ok)
+        return self._plug(collect(runs, self.nblocks), exist_ok, _control(progress, cancel, deadline))
 
     def plug_fit(self, count: int, *, align: int = 1, fit: str = "first") -> int | None:
         """Finds a place for `count` blocks and plugs them, with nobody in between.
@@ -398,7 +435,16 @@ class Region:
         operation = Plug(self._core, claim, fit=(count, align, fit))
         return operation.found if execute(operation) else None
 
-    def unplug(self, first: int, count: int = 1, *, missing_ok: bool = False) -> int:
+    def unplug(
+        self,
+        first: int,
+        count: int = 1,
+        *,
+        missing_ok: bool = False,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        deadline: float | None = None,
+    ) -> int:
         """Discards blocks [first, first + count); the backend has the memory back.
 
         Everything that can be checked is checked first, since a discard cannot
@@ -409,11 +455,17 @@ class Region:
             first: The first block.
             count: How many blocks.
             missing_ok: Let blocks that are not plugged stay as they are.
+            progress: As for `plug`; gaps that are discarded along with the blocks count.
+            cancel: When it is set, the unplug stops within 50 ms; what is discarded
+                by then is unplugged, the rest stays plugged, and the error says which.
+            deadline: Seconds from now after which likewise.
 
         Returns:
             The number of blocks that were unplugged.
 
         Raises:
+            OperationCancelledError: It was cancelled; says what was done.
+            DeadlineError: It took too long; says what was done.
             BlockRangeError: There are no such blocks.
             BlockStateError: A block is not plugged.
             ViewsAliveError: A view still uses a block.
@@ -422,14 +474,25 @@ class Region:
             UnsupportedError: The backend cannot give memory back.
             RegionClosedError: It is closed.
         """
-        return self._unplug(single(first, count, self.nblocks), missing_ok)
+        return self._unplug(single(first, count, self.nblocks), missing_ok, _control(progress, cancel, deadline))
 
-    def unplug_runs(self, runs: RunsInput, *, missing_ok: bool = False) -> int:
+    def unplug_runs(
+        self,
+        runs: RunsInput,
+        *,
+        missing_ok: bool = False,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        deadline: float | None = None,
+    ) -> int:
         """Unplugs several runs, all checked before the first is discarded.
 
         Args:
             runs: As for `plug_runs`.
             missing_ok: As for `unplug`.
+            progress: As for `unplug`; so are `cancel` and `deadline`.
+            cancel: When it is set, it stops.
+            deadline: Seconds from now.
 
         Returns:
             The number of blocks that were unplugged.
@@ -437,7 +500,7 @@ class Region:
         Raises:
             As `unplug`.
         """
-        return self._unplug(collect(runs, self.nblocks), missing_ok)
+        return self._unplug(collect(runs, self.nblocks), missing_ok, _control(progress, cancel, deadline))
 
     def unplug_all(self) -> int:
         """Unplugs whatever is plugged; the number of blocks.  Raises as `unplug`."""
@@ -529,11 +592,11 @@ class Region:
                 mended += sum(n for _, n in error.discarded)
         return mended
 
-    def _plug(self, runs: Runs, exist_ok: bool) -> int:
-        return execute(Plug(self._core, Claim(self._core.blocks, runs), strict=not exist_ok))
+    def _plug(self, runs: Runs, exist_ok: bool, control: Control) -> int:
+        return execute(Plug(self._core, Claim(self._core.blocks, runs), strict=not exist_ok, control=control))
 
-    def _unplug(self, runs: Runs, missing_ok: bool) -> int:
-        return execute(Unplug(self._core, Claim(self._core.blocks, runs), strict=not missing_ok))
+    def _unplug(self, runs: Runs, missing_ok: bool, control: Control = UNWATCHED) -> int:
+        return execute(Unplug(self._core, Claim(self._core.blocks, runs), strict=not missing_ok, control=control))
 
     def _inner(self, operation: str, offset: int, length: int) -> Inner:
         ((start, size),) = single(offset, length, self._size, "byte")
@@ -720,8 +783,8 @@ class Region:
         state = "closed" if self._closed else f"{exact_size(self.plugged_size)} plugged"
         where = "" if self._closed or self._address is None else f", at {self._address:#x}"
         return (
-            f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, name={self._name!r}), "
-            f"{state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
+            f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, threads={self._threads}, "
+            f"name={self._name!r}), {state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
         )
 
 
@@ -735,6 +798,23 @@ def _reserve(backend: Backend, request: Request) -> Mapping:
         raise ReserveError(
             error.errno, f"cannot reserve {exact_size(request.size)} of {backend}: {error.strerror}"
         ) from error
+
+
+def _control(progress: Progress | None, cancel: threading.Event | None, deadline: float | None) -> Control:
+    """Whoever looks on, checked before anything happens."""
+    if progress is None and cancel is None and deadline is None:
+        return UNWATCHED
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be callable, not {progress!r}")
+    if cancel is not None and not isinstance(cancel, threading.Event):
+        raise TypeError(f"cancel must be a threading.Event, not {cancel!r}")
+    if deadline is not None:
+        if isinstance(deadline, bool) or not isinstance(deadline, (int, float)):
+            raise TypeError(f"deadline must be seconds from now, not {deadline!r}")
+        if not deadline >= 0:
+            raise ValueError(f"deadline {deadline} is not a number of seconds from now, 0 or more")
+        deadline += time.monotonic()
+    return Control(progress, cancel, deadline)
 
 
 def _positive(value: Any, what: str) -> int:

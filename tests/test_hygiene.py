@@ -171,7 +171,7 @@ LAYERS = [
     {"region"},
     {"operations", "fork"},
     {"audit", "views", "listeners", "headroom", "engine", "statistics"},
-    {"blocks", "geometry"},
+    {"blocks", "geometry", "workers"},
     {"budget", "backends"},
     {"recipes", "bitmap", "runs"},
     {"errors", "units"},

@@ -31,6 +31,7 @@ CONSTANTS: dict[str, str | None] = {
     "MADV_HUGEPAGE": None,
     "MADV_NOHUGEPAGE": None,
     "MADV_POPULATE_READ": "22",
+    "MADV_COLLAPSE": "25",
     "MADV_POPULATE_WRITE": "23",
     "FALLOC_FL_KEEP_SIZE": None,
     "FALLOC_FL_PUNCH_HOLE": None,

@@ -42,6 +42,7 @@ class Calls(Protocol):
     def open_flags(self, fd: int) -> int: ...
     def seals(self, fd: int) -> int: ...
     def add_seals(self, fd: int, seals: int) -> None: ...
+    def can_vector(self) -> bool: ...
     def advance(self, job: Any, budget_ns: int) -> int: ...
 
 
@@ -127,6 +128,10 @@ class Kernel:
 
     def add_seals(self, fd: int, seals: int) -> None:
         fcntl.fcntl(fd, lib.F_ADD_SEALS, seals)
+
+    def can_vector(self) -> bool:
+        """Whether process_madvise(2) works on ourselves; tried on pages of its own."""
+        return bool(lib.sm_can_vector())
 
     def advance(self, job: Any, budget_ns: int) -> int:
         """Runs the engine's loop for about `budget_ns`; lib.SM_OK, lib.SM_MORE or -errno.

@@ -7,6 +7,7 @@ one 5.4 kernel), containers filter: only the call itself tells.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import resource
 import weakref
@@ -15,29 +16,39 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sparsemem._sys import ffi, lib
 from sparsemem._sys.calls import Calls, check
-from sparsemem._sys.files import PAGE_SIZE
+from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem._sys.residency import page_cache, private_scan
 
 if TYPE_CHECKING:
     import socket
 
+# What an unknown or forbidden advice gives, and EAGAIN, ENOMEM and EBUSY what a collapse
+# gives for want of a huge page (madvise(2)).
+_REFUSALS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN, errno.ENOMEM, errno.EBUSY)
+
 _PRIVATE = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
 
-_populate_write: weakref.WeakKeyDictionary[Calls, bool] = weakref.WeakKeyDictionary()
+
+def _remembered(trial: Callable[[Calls], bool]) -> Callable[[Calls], bool]:
+    """Tries once for each `calls` object."""
+    answers: weakref.WeakKeyDictionary[Calls, bool] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(trial)
+    def answer(calls: Calls) -> bool:
+        if calls not in answers:
+            answers[calls] = trial(calls)
+        return answers[calls]
+
+    return answer
 
 
+@_remembered
 def populate_write(calls: Calls) -> bool:
     """Whether MADV_POPULATE_WRITE populates (Linux 5.14).
 
     An unknown advice is EINVAL, but a known one need not be the right one: a
     page is populated and looked for.  Remembered for each `calls` object.
     """
-    if calls not in _populate_write:
-        _populate_write[calls] = _try_populate_write(calls)
-    return _populate_write[calls]
-
-
-def _try_populate_write(calls: Calls) -> bool:
     address = calls.reserve(PAGE_SIZE, PAGE_SIZE, _PRIVATE, -1, writable=True, locked=False)
     try:
         calls.madvise(address, PAGE_SIZE, lib.MADV_POPULATE_WRITE)
@@ -48,6 +59,43 @@ def _try_populate_write(calls: Calls) -> bool:
         raise
     finally:
         calls.unmap(address, PAGE_SIZE)
+
+
+@_remembered
+def collapse(calls: Calls) -> bool:
+    """Whether MADV_COLLAPSE makes a huge page of a memfd's small one (Linux 6.1).
+
+    Not with shmem_enabled=deny or PR_SET_THP_DISABLE.  Remembered for each `calls` object.
+    """
+    huge = thp_size(shared_files())
+    if huge is None:
+        return False
+    fd = address = None
+    try:
+        fd = calls.memfd_create("sparsemem-probe", lib.MFD_CLOEXEC)
+        calls.ftruncate(fd, huge)
+        address = calls.reserve(huge, huge, lib.MAP_SHARED | lib.MAP_NORESERVE, fd, writable=True, locked=False)
+        calls.fallocate(fd, lib.FALLOC_FL_KEEP_SIZE, 0, PAGE_SIZE)
+        calls.madvise(address, huge, lib.MADV_COLLAPSE)
+        return True
+    except OSError as error:
+        if error.errno in _REFUSALS:
+            return False
+        raise
+    finally:
+        if address is not None:
+            calls.unmap(address, huge)
+        if fd is not None:
+            calls.close(fd)
+
+
+@_remembered
+def vectored(calls: Calls) -> bool:
+    """Whether one process_madvise(2) can work on many ranges of our own (Linux 6.13 or later).
+
+    Found by trying it on real pages; remembered for each `calls` object.
+    """
+    return calls.can_vector()
 
 
 def detached_tmpfs_file(size: int) -> int:

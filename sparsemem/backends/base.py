@@ -107,8 +107,18 @@ class Mapping(abc.ABC):
     maps_adopted: bool = False
     """Whether blocks that start out plugged have to be populated for that to be true."""
 
+    bridge: int = 0
+    """Bytes of unplugged memory over which one discard is cheaper than two."""
+
     can_discard: bool = True
     fork_inherits: bool = False
+    parallel: bool = False
+    """Whether several threads at once are any faster."""
+
+    @property
+    def huge(self) -> bool:
+        """Whether its pages may be larger than the machine's usual ones."""
+        return self.granule > PAGE_SIZE
 
     def populate(self, offset: int, length: int) -> None:
         """Makes the range readable and writable without faults that can fail.
@@ -175,21 +185,19 @@ class Mapping(abc.ABC):
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:
         """Works on a job's runs from its cursor, a chunk at a time, as sm_advance() does."""
         act = getattr(self, operation)
-        while job.run < job.nruns:
-            run = job.runs[job.run]
-            offset, length = (run.first << job.shift) + job.done, run.count << job.shift
-            piece = min(job.chunk - offset % job.chunk, length - job.done)
-            job.inflight = piece
+        at = job.at
+        while at.run < job.nruns:
+            run = job.runs[at.run]
+            offset, length = (run.first << job.shift) + at.done, run.count << job.shift
+            piece = min(job.chunk - offset % job.chunk, length - at.done)
+            whole = at.done + piece == length
+            job.begun = (at.run + whole, 0 if whole else at.done + piece)
             try:
                 act(offset, piece)
             except OSError as error:
-                job.failed = error.errno or 5
+                job.failed_at, job.failed = offset, error.errno or 5
                 return -int(job.failed)
             job.calls += 1
             job.bytes += piece
-            job.inflight = 0
-            job.done += piece
-            if job.done == length:
-                job.run += 1
-                job.done = 0
+            job.at = job.begun
         return int(lib.SM_OK)

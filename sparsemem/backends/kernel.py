@@ -25,7 +25,7 @@ from sparsemem._sys.inheritance import keep_place
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
-from sparsemem.recipes import FUTEX, POPULATE_WRITE, RECIPES, STRATEGIES, Evidence, Inheritance, Kind, Step
+from sparsemem.recipes import COLLAPSE, FUTEX, POPULATE_WRITE, RECIPES, STRATEGIES, Evidence, Inheritance, Kind, Step
 from sparsemem.units import exact_size
 
 _log = logging.getLogger("sparsemem")
@@ -89,24 +89,33 @@ def check_strategy(strategy: str) -> str:
     return strategy
 
 
-def choose_strategy(kind: Kind, wanted: str, calls: Calls) -> str:
+def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool) -> str:
     """The strategy by name; `auto` is the best that works here.
 
     Raises:
         UnsupportedError: The kernel or the kind of mapping has no such way.
     """
-    possible = RECIPES[kind].faults
+    possible = RECIPES[kind].ways(huge=huge)
     if wanted == "auto":
-        return POPULATE_WRITE if POPULATE_WRITE in possible and probe.populate_write(calls) else FUTEX
+        if POPULATE_WRITE not in possible or not probe.populate_write(calls):
+            return FUTEX
+        return COLLAPSE if COLLAPSE in possible and probe.collapse(calls) else POPULATE_WRITE
     if wanted not in possible:
-        raise UnsupportedError(f"strategy {wanted!r} does not work on {kind.value}: only {', '.join(possible)}")
-    if wanted == POPULATE_WRITE and not probe.populate_write(calls):
+        pages = "huge" if huge else "small"
+        raise UnsupportedError(
+            f"strategy {wanted!r} does not work on {kind.value} with {pages} pages: only {', '.join(possible)}"
+        )
+    if wanted != FUTEX and not probe.populate_write(calls):
         raise UnsupportedError("this kernel has no MADV_POPULATE_WRITE (Linux 5.14); strategy='futex' works")
+    if wanted == COLLAPSE and not probe.collapse(calls):
+        raise UnsupportedError("MADV_COLLAPSE does not make huge pages of shared memory here (Linux 6.1)")
     return wanted
 
 
 class KernelMapping(Mapping):
     """Address space reserved with mmap(MAP_NORESERVE)."""
+
+    parallel = True
 
     def __init__(self, area: Area, request: Request, strategy: str = "auto") -> None:
         self._calls: Calls = _calls.kernel
@@ -116,16 +125,14 @@ class KernelMapping(Mapping):
         self.page_size = area.page_size
         self.fresh = self.recipe.fresh
         self.can_discard = bool(self.recipe.discard)
+        self.bridge = self.recipe.bridge
         # Fresh memory has to be populated to be what `plugged` says.  A file
         # that was there holds its data already, and writing to all of it would
         # only make it dirty; but shared hugetlb memory shows as resident in our
         # page tables alone.
         self.maps_adopted = not area.existing or self.recipe.evidence is Evidence.MAPPED_PAGES
         self.fork_inherits = request.fork == "inherit"
-        try:
-            self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls)
-        except OSError as error:
-            raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
+        self._vectored = self.page_size == PAGE_SIZE and probe.vectored(self._calls)
         self._fd = area.fd
         self._unlink = area.unlink
         self._created = area.created
@@ -133,6 +140,10 @@ class KernelMapping(Mapping):
         self._surroundings: Surroundings | None = None
         self.thp, align = self._resolve_thp(area.thp, request.block_size, thp_size(files))
         self.granule = align
+        try:
+            self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls, huge=self.huge)
+        except OSError as error:
+            raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
         self._map(area, request, align)
         try:
             self._advise(request)
@@ -231,13 +242,15 @@ class KernelMapping(Mapping):
 
     def prepare(self, job: Any, operation: str) -> None:
         steps = {
-            "populate": self.recipe.populate(self.strategy),
-            "repopulate": self.recipe.faults[self.strategy],
+            "populate": self.recipe.populate(self.strategy, huge=self.huge),
+            "repopulate": self.recipe.again(self.strategy),
             "discard": self.recipe.discard or self.recipe.cleanse,
         }[operation]
         job.base = ffi.cast("char *", self._address)
         job.fd = -1 if self._fd is None else self._fd.fd
         job.page = self.page_size
+        job.huge = self.granule
+        job.vectored = self._vectored
         job.nsteps = len(steps)
         for i, step in enumerate(steps):
             job.steps[i] = STEP_CODES[step]

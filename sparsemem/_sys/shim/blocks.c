@@ -582,6 +582,52 @@ size_t sm_claim_select(sm_claim *claim, int which, int value, sm_run *out, size_
     return n;
 }
 
+/* Whether nobody has anything in these blocks or is about to. */
+static int is_idle(const sm_blocks *b, uint64_t from, uint64_t to)
+{
+    bits_any bits = taken(b);
+
+    return bits_any_next(&bits, from, to, 1) == to;
+}
+
+/*
+ * Joins victims, runs within the claim, over gaps of at most so many blocks: one
+ * discard across what is unplugged anyway is cheaper than two.  Gaps between the
+ * claim's own runs are claimed for that, where nobody uses them.  Works in place and
+ * returns how many runs are left.
+ */
+size_t sm_claim_bridge(sm_claim *claim, uint64_t most, sm_run *victims, size_t n)
+{
+    sm_blocks *b = claim->blocks;
+    size_t kept = 0, joined = 0;
+
+    lock(b);
+    for (size_t i = 1; i < claim->nruns; i++) {
+        uint64_t end = claim->runs[kept].first + claim->runs[kept].count;
+        sm_run gap = {end, claim->runs[i].first - end};
+
+        if (gap.count <= most && is_idle(b, end, end + gap.count)) {
+            fill(b->busy, &b->nbusy, &gap, 1, 1);
+            claim->runs[kept].count += gap.count + claim->runs[i].count;
+        } else
+            claim->runs[++kept] = claim->runs[i];
+    }
+    claim->nruns = kept + 1;
+    unlock(b);
+    for (size_t i = 1, within = 0; i < n; i++) {
+        uint64_t end = victims[joined].first + victims[joined].count;
+
+        while (claim->runs[within].first + claim->runs[within].count < end)
+            within++;
+        if (victims[i].first - end <= most &&
+            victims[i].first < claim->runs[within].first + claim->runs[within].count)
+            victims[joined].count += victims[i].first - end + victims[i].count;
+        else
+            victims[++joined] = victims[i];
+    }
+    return joined + 1;
+}
+
 int sm_claim_charge(sm_claim *claim, uint64_t bytes)
 {
     sm_blocks *b = claim->blocks;

@@ -110,6 +110,7 @@ int sm_claim_take(sm_blocks *blocks, sm_claim *claim, int want, int strict, uint
 int sm_claim_take_fit(sm_blocks *blocks, sm_claim *claim, uint64_t count, uint64_t align,
                       int fit, uint64_t owner, unsigned wait_ms);
 size_t sm_claim_select(sm_claim *claim, int which, int value, sm_run *out, size_t capacity);
+size_t sm_claim_bridge(sm_claim *claim, uint64_t most, sm_run *victims, size_t n);
 int sm_claim_charge(sm_claim *claim, uint64_t bytes);
 uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *outcome, int close_map);
 
@@ -127,7 +128,8 @@ void sm_pin_drop(sm_pin *pin);
 
 enum {                      /* the steps that recipes are made of       */
     SM_STEP_DONTNEED = 1, SM_STEP_REMOVE, SM_STEP_PUNCH, SM_STEP_FALLOCATE,
-    SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO, SM_STEP_COUNT
+    SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO,
+    SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
@@ -138,27 +140,45 @@ typedef struct {            /* a fault for tests: the nth call of one step fails
     int error;              /* the errno                                */
 } sm_fault;
 
+typedef struct {            /* the threads that work on one operation   */
+    int stop;               /* begin no further chunk                   */
+    int active;             /* threads inside sm_advance()              */
+} sm_crew;
+
+typedef struct {            /* a place in a job's runs                  */
+    size_t run;
+    uint64_t done;          /* bytes of that run that lie before it     */
+} sm_cursor;
+
 typedef struct {
     char *base;             /* address of offset 0                      */
     int fd;                 /* or -1; file offset 0 is base             */
     uint64_t page;          /* the mapping's page size                  */
+    uint64_t huge;          /* the size of a huge page, for steps on it */
     uint64_t chunk;         /* bytes a system call at most              */
     unsigned shift;         /* a unit of the runs is 1 << shift bytes   */
+    int vectored;           /* whether process_madvise works here       */
     const sm_run *runs;
     size_t nruns;
-    size_t run;             /* the cursor: which run,                   */
-    uint64_t done;          /*   and how many of its bytes are done     */
-    uint64_t inflight;      /* bytes after the cursor that were begun   */
+    uint64_t tail;          /* bytes of the last run that count; 0: all */
+    sm_cursor start;        /* where the job starts,                    */
+    sm_cursor at;           /*   up to where it is done,                */
+    sm_cursor begun;        /*   and up to where it was begun           */
     uint64_t bytes;         /* all bytes done                           */
     uint64_t calls;         /* system calls made                        */
     uint64_t reached;       /* bytes that a failed futex step populated */
+    uint64_t failed_at;     /* offset of what a step failed on          */
     int failed;             /* the errno of a step that failed, or 0    */
     unsigned nsteps;
     unsigned steps[6];
+    sm_crew *crew;          /* NULL if one thread does all              */
     sm_fault *fault;        /* NULL but in tests                        */
 } sm_job;
 
 int sm_advance(sm_job *job, uint64_t budget_ns);
+void sm_job_split(const sm_job *job, uint64_t align, sm_job *parts, unsigned nparts);
+int sm_crew_stop(sm_crew *crew, unsigned wait_ms);
+int sm_can_vector(void);
 
 /* ---- single system calls --------------------------------------------------- */
 

@@ -1,0 +1,60 @@
+"""The threads that help with large work: one pool, made when it is first needed.
+
+They run C code without the GIL; the pool is only for handing them their part.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+SHARE = 64 << 20
+"""Bytes that make another thread worth its while: 2 to 15 ms of work, where handing it over takes 0.1."""
+
+MOST = 16
+"""As QEMU: populating is bound by memory bandwidth and by locks in the kernel long before that."""
+
+_pool: ThreadPoolExecutor | None = None
+_making = threading.Lock()
+
+
+def submit(function: Callable[[Any], None], argument: Any) -> Future[None] | None:
+    """Has a thread call the function; None if there are no threads any more, as the interpreter ends."""
+    try:
+        return _the_pool().submit(function, argument)
+    except RuntimeError:
+        return None
+
+
+def sensible(size: int, *, huge: bool) -> int:
+    """How many threads suit `size` bytes of work on this machine.
+
+    One for huge pages: clearing them is bound by memory bandwidth, a second thread
+    gains 10 % (measured).
+    """
+    return 1 if huge else limited(min(MOST, len(os.sched_getaffinity(0))), size)
+
+
+def limited(threads: int, size: int) -> int:
+    """At most so many threads, and no more than `size` bytes are worth."""
+    return max(1, min(threads, size // SHARE))
+
+
+def _the_pool() -> ThreadPoolExecutor:
+    global _pool
+    with _making:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(max_workers=max(MOST, os.cpu_count() or 1), thread_name_prefix="sparsemem")
+        return _pool
+
+
+def _after_in_child() -> None:
+    global _pool, _making
+    _pool, _making = None, threading.Lock()
+
+
+# The threads stay in the parent.
+os.register_at_fork(after_in_child=_after_in_child)
