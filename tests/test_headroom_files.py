@@ -26,7 +26,7 @@ def tree(root: Path, files: dict[str, object]) -> KernelFiles:
 
 
 def causes(files: KernelFiles, kind: Kind, page_size: int = PAGE) -> dict[Cause, int]:
-    surroundings = Surroundings(calls.kernel, files, kind, page_size, None)
+    surroundings = Surroundings(calls.kernel, files, kind, page_size, None, 1 << 40)
     return {limit.cause: limit.available for limit in surroundings.limits()}
 
 
@@ -204,6 +204,12 @@ def test_strict_overcommit_limits_shared_memory_as_it_comes(tmp_path: Path, kind
     """Private memory was charged when it was reserved."""
     files = tree(tmp_path, MACHINE | {"/proc/sys/vm/overcommit_memory": 2})
     assert causes(files, kind).get(Cause.OVERCOMMIT) == (2000 << 10 if charged else None)
+    # What this process may not use up: user_reserve_kbytes, or 1/32 of its size if that is less.
+    (tmp_path / "proc/sys/vm/user_reserve_kbytes").write_text("500\n")
+    (tmp_path / "proc/self").mkdir(exist_ok=True)
+    for pages, reserve in ((1 << 20, 500 << 10), (3200, 3200 * 4096 // 32)):
+        (tmp_path / "proc/self/statm").write_text(f"{pages} 1 1 1 0 1 0\n")
+        assert causes(files, kind).get(Cause.OVERCOMMIT) == ((2000 << 10) - reserve if charged else None)
     (tmp_path / "proc/meminfo").write_text("CommitLimit: 3000 kB\nCommitted_AS: 5000 kB\n")
     assert causes(files, kind).get(Cause.OVERCOMMIT) == (0 if charged else None)
     for mode in "01":

@@ -394,3 +394,16 @@ def test_memory_that_cannot_be_unmapped_is_given_back_at_least(
         assert capfd.readouterr().err == ""
     finally:
         inject.unmap(address, 1 << 20)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_system_that_tells_nothing_of_itself_is_an_error_of_ours(
+    there: bool, tmp_path: Path, inject: Injector
+) -> None:
+    if there:
+        (tmp_path / "f").touch()
+    inject.call("filesystem", errno=errno.EIO)
+    with pytest.raises(ReserveError) as caught:
+        Region("1M", block_size=BLOCK, backend=File(tmp_path / "f"))
+    assert caught.value.errno == errno.EIO
+    assert (tmp_path / "f").exists() is there

@@ -156,6 +156,17 @@ def _unescaped(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path)
 
 
+def user_reserve(files: KernelFiles) -> int:
+    """Bytes of the commit limit that this process may not use up, with overcommit_memory=2.
+
+    The smaller one of vm.user_reserve_kbytes and 1/32 of the process's size, so that a
+    shell can still be had (Documentation/admin-guide/sysctl/vm.rst).
+    """
+    reserve = files.number("/proc/sys/vm/user_reserve_kbytes") or 0
+    mapped = (files.text("/proc/self/statm") or "0").split()[0]
+    return min(reserve << 10, int(mapped) * PAGE_SIZE // 32)
+
+
 # ---- huge pages ------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 
+from sparsemem._sys import lib
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import (
@@ -19,6 +20,7 @@ from sparsemem._sys.files import (
     group_limits,
     huge_group_limits,
     huge_pool,
+    user_reserve,
 )
 from sparsemem.backends.base import Limit
 from sparsemem.errors import Cause
@@ -46,7 +48,10 @@ _EHWPOISON = getattr(errno, "EHWPOISON", 133)  # not in the errno module of ever
 class Surroundings:
     """The limits of one mapping."""
 
-    def __init__(self, calls: Calls, files: KernelFiles, kind: Kind, page_size: int, fd: Descriptor | None) -> None:
+    def __init__(
+        self, calls: Calls, files: KernelFiles, kind: Kind, page_size: int, fd: Descriptor | None, size: int
+    ) -> None:
+        self._size = size
         self._calls = calls
         self._files = files
         self._kind = kind
@@ -76,7 +81,8 @@ class Surroundings:
             return self._full_file_system()
         # What is used up has less left than one chunk asks for (file systems and
         # per-CPU caches hold a little back).
-        tight = [limit for limit in self.limits() if limit.available < max(self._page_size, _CHUNK)]
+        limits = [*self.limits(), *self._holes()]
+        tight = [limit for limit in limits if limit.available < max(self._page_size, _CHUNK)]
         if tight:
             return min(tight, key=lambda limit: limit.available).cause
         if code == errno.ENOMEM:
@@ -99,8 +105,9 @@ class Surroundings:
         # Under strict overcommit shmem is charged page by page as it comes; private
         # memory was charged when it was reserved.
         if self._kind in _SHMEM and self._files.number(OVERCOMMIT) == 2 and "CommitLimit" in meminfo:
-            left = max(0, meminfo["CommitLimit"] - meminfo.get("Committed_AS", 0))
-            yield Limit(Cause.OVERCOMMIT, left, f"{MEMINFO}: CommitLimit - Committed_AS", errno.ENOMEM)
+            left = meminfo["CommitLimit"] - meminfo.get("Committed_AS", 0) - user_reserve(self._files)
+            source = f"{MEMINFO}: CommitLimit - Committed_AS - user reserve"
+            yield Limit(Cause.OVERCOMMIT, max(0, left), source, errno.ENOMEM)
 
     def _huge_pages(self) -> Iterable[Limit]:
         pool = huge_pool(self._files, self._page_size)
@@ -123,17 +130,39 @@ class Surroundings:
             return
         # Not f_bfree: ext4 counts blocks in it that it keeps for itself, from root, too.
         free = about.f_bavail * about.f_frsize
+        # A private file is populated a chunk at a time, each chunk's file pages given
+        # back before the next one's: room for one is enough.
+        if self._kind is Kind.SHMEM_PRIVATE and free >= _CHUNK:
+            return
         yield Limit(self._full_file_system(), free, "statvfs: available blocks", errno.ENOSPC)
+
+    def _holes(self) -> Iterable[Limit]:
+        """The room for a template's holes, which on tmpfs (and only there) get file pages as they are copied.
+
+        No limit beforehand, for who says that there are holes?
+        """
+        if self._kind is Kind.TEMPLATE and not self._huge and self._on_tmpfs():
+            yield from self._file_system()
+
+    def _on_tmpfs(self) -> bool:
+        assert self._fd is not None
+        try:
+            return bool(self._calls.filesystem(self._fd.fd)[0] == lib.TMPFS_MAGIC)
+        except OSError:
+            return False
 
     def _full_file_system(self) -> Cause:
         if self._huge:
             return Cause.HUGETLBFS_SIZE
-        return Cause.TMPFS_FULL if self._kind in _SHMEM else Cause.FILESYSTEM_FULL
+        shmem = self._kind in _SHMEM or (self._kind is Kind.TEMPLATE and self._on_tmpfs())
+        return Cause.TMPFS_FULL if shmem else Cause.FILESYSTEM_FULL
 
     def _truncated(self, offset: int) -> bool:
         if self._fd is None or self._kind is Kind.SECRET:
             return False
+        # Anywhere in the chunk that failed, of which the errno does not tell the page.
+        end = min(self._size, offset + max(self._page_size, _CHUNK))
         try:
-            return self._calls.fstat(self._fd.fd).st_size < offset + self._page_size
+            return self._calls.fstat(self._fd.fd).st_size < end
         except OSError:
             return False

@@ -85,6 +85,8 @@ class File(Backend):
                 continue
             try:
                 magic, block_size = calls.filesystem(fd.fd)
+            except OSError as error:
+                raise ReserveError(error.errno, f"{path}: {error.strerror}") from error
             finally:
                 fd.close()
             return block_size if magic == lib.HUGETLBFS_MAGIC else PAGE_SIZE

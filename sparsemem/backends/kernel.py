@@ -147,7 +147,7 @@ class KernelMapping(Mapping):
         self._map(area, request, align)
         try:
             self._advise(request)
-            self._surroundings = Surroundings(self._calls, files, area.kind, area.page_size, area.fd)
+            self._surroundings = Surroundings(self._calls, files, area.kind, area.page_size, area.fd, self.size)
             # Last, for it may punch the file: whatever else can fail has succeeded.
             self.adopted = () if area.settle is None else area.settle()
         except BaseException:

@@ -28,6 +28,9 @@
 #ifndef MADV_DONTNEED_LOCKED
 #define MADV_DONTNEED_LOCKED 24
 #endif
+#ifndef MLOCK_ONFAULT
+#define MLOCK_ONFAULT 1
+#endif
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
@@ -56,6 +59,22 @@ static int dontneed(char *at, uint64_t length)
 
     if (error == -EINVAL && !madvise(at, length, MADV_DONTNEED_LOCKED))
         error = 0;
+    return error;
+}
+
+/* MADV_REMOVE is EINVAL on a locked mapping, too, and has no variant for that.  So the
+ * range is unlocked first and locked again after, each page as it comes: that is what
+ * mlockall(MCL_ONFAULT) gave it (any other way would have filled the reservation), so
+ * the mapping stays one. */
+static int remove_range(char *at, uint64_t length)
+{
+    int error = result(madvise(at, length, MADV_REMOVE));
+
+    if (error == -EINVAL && !munlock(at, length)) {
+        error = result(madvise(at, length, MADV_REMOVE));
+        if (!error)
+            syscall(SYS_mlock2, at, length, MLOCK_ONFAULT);
+    }
     return error;
 }
 
@@ -115,7 +134,7 @@ static int issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
     case SM_STEP_DONTNEED:
         return dontneed(at, length);
     case SM_STEP_REMOVE:
-        return result(madvise(at, length, MADV_REMOVE));
+        return remove_range(at, length);
     case SM_STEP_PUNCH:
         return result(fallocate(job->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                                 (off_t)offset, (off_t)length));
