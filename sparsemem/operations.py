@@ -286,9 +286,12 @@ class Unplug(Operation):
 class Inner(Operation):
     """Discards or populates pages inside plugged blocks, which stay plugged."""
 
-    def __init__(self, core: Core, claim: Claim, operation: str, offset: int, length: int) -> None:
+    def __init__(
+        self, core: Core, claim: Claim, operation: str, offset: int, length: int, *, spend: bool = True
+    ) -> None:
         super().__init__(core, claim)
         self._operation = operation
+        self._spend = spend
         self._range = (offset, length)
         self._work: Work | None = None
 
@@ -300,7 +303,7 @@ class Inner(Operation):
             # The map of such pages is made first: without it nothing may be discarded.
             core.blocks.mark_pages(0, 0, True)
         claim.take(Want.WITHIN_PLUGGED)
-        if self._operation == "repopulate":
+        if self._operation == "repopulate" and self._spend:
             core.gauge.spend(length)
         self._work = Work(core.mapping, self._operation, single(offset, length, core.mapping.size, "byte"), 0)
         try:

@@ -40,6 +40,7 @@ class Kind(enum.Enum):
     ANONYMOUS_PRIVATE = "anonymous private"
     ANONYMOUS_SHARED = "anonymous shared"
     ANONYMOUS_HUGETLB = "anonymous hugetlb private"
+    ANONYMOUS_HUGETLB_SHARED = "anonymous hugetlb shared"
     SHMEM_SHARED = "memfd or tmpfs shared"
     SHMEM_PRIVATE = "memfd or tmpfs private"
     HUGETLB_SHARED = "hugetlb file shared"
@@ -168,6 +169,10 @@ RECIPES: Mapping[Kind, Recipe] = {
     # own write after a fork, so the child gets nothing.
     Kind.ANONYMOUS_HUGETLB: Recipe(
         _TOUCH, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST
+    ),
+    # No descriptor either; and as with a hugetlb file, only mapped pages can be seen.
+    Kind.ANONYMOUS_HUGETLB_SHARED: Recipe(
+        _TOUCH, (Step.REMOVE,), Evidence.MAPPED_PAGES, Inheritance.SHARED, huge=_LAST_FIRST
     ),
     Kind.SHMEM_SHARED: Recipe(
         _TOUCH,

@@ -127,6 +127,8 @@ class Region:
             raise ValueError(f"fork {fork!r} is none of {', '.join(map(repr, _fork.MODES))}")
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget must be a Budget, not {budget!r}")
+        if not isinstance(dump, bool):
+            raise TypeError(f"dump must be True or False, not {dump!r}")
         self._threads = check_threads(threads)
         self._headroom = check_mode(headroom)
         self._backend = backend
@@ -164,14 +166,17 @@ class Region:
         )
 
     def _adopt(self, given: Runs) -> None:
-        """Starts blocks plugged that hold data: those given, and those the backend found."""
+        """Starts blocks plugged that hold data: those given, and those the backend found.
+
+        In this order: what may fail first, and at last what loses data for good.
+        """
         core = self._core
         found = [(first >> core.shift, count >> core.shift) for first, count in self._mapping.adopted]
         found = subtract(found, given)
         core.blocks.adopt(core.block_runs(found))
-        if self._mapping.maps_adopted:
-            for first, count in (*given, *found):
-                self.populate(first * self._block_size, count * self._block_size)
+        for offset, length in self._mapping.unpopulated:
+            execute(self._inner("repopulate", offset, length, spend=not self._mapping.adopts_pages))
+        self._mapping.settle()
 
     # ---- facts ----------------------------------------------------------------------------
 
@@ -598,7 +603,7 @@ class Region:
     def _unplug(self, runs: Runs, missing_ok: bool, control: Control = UNWATCHED) -> int:
         return execute(Unplug(self._core, Claim(self._core.blocks, runs), strict=not missing_ok, control=control))
 
-    def _inner(self, operation: str, offset: int, length: int) -> Inner:
+    def _inner(self, operation: str, offset: int, length: int, *, spend: bool = True) -> Inner:
         ((start, size),) = single(offset, length, self._size, "byte")
         if start % self._page_size or size % self._page_size:
             raise BlockRangeError(
@@ -606,7 +611,7 @@ class Region:
             )
         first, count = self.blocks(start, size, "outward")
         claim = Claim(self._core.blocks, single(first, count, self.nblocks))
-        return Inner(self._core, claim, operation, start, size)
+        return Inner(self._core, claim, operation, start, size, spend=spend)
 
     # ---- views ----------------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ def candidates() -> Iterator[list[Candidate]]:
                 audited=None if probe.opens_map_files() else _AUDITED_BY_PAGE,
             ),
             Candidate("anonymous hugetlb", lambda: Anonymous(hugetlb=True)),
+            Candidate("anonymous hugetlb shared", lambda: Anonymous(hugetlb=True, shared=True)),
             Candidate("memfd shared", lambda: Memfd()),
             Candidate("memfd private", lambda: Memfd(shared=False)),
             Candidate("memfd hugetlb shared", lambda: Memfd(hugetlb=True)),

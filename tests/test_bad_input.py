@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparsemem import (
     Anonymous,
     BlockRangeError,
     BlockStateError,
     Budget,
+    Cause,
     File,
     Memfd,
+    PopulateError,
     Region,
     RegionClosedError,
     ReserveError,
@@ -336,6 +340,10 @@ def test_a_file_that_holds_data_is_refused_adopted_or_discarded(where: str, tmp_
         ("memfd:private,private", "given twice"),
         ("memfd:,", "empty"),
         ("memfd:fd=x", "not a number"),
+        ("memfd:fd", "fd=True is not a number"),
+        ("file:path", "path=name"),
+        ("file:/x,path=y", "no option 'path'"),
+        ("memfd:path=y", "no option 'path'"),
         ("file", "needs a path"),
         ("simulated:capacity=1TB", "ambiguous"),
     ],
@@ -359,9 +367,56 @@ def test_text_that_names_no_backend(text: str, names: str) -> None:
         "file:/dev/shm/x,private,existing=adopt,delete",
         "secret",
         "simulated:capacity=1P",
+        "simulated:page_size=64K",
+        "file:path=x",
+        "file:path=on,private",
+        "file:./x=y",
+        "file:/a\\,b,private",
+        "file:/a\\\\b",
     ],
 )
 def test_the_text_form_goes_both_ways(text: str) -> None:
     backend = from_text(text)
     assert str(backend) == text
     assert from_text(str(backend)) == backend
+
+
+@given(st.text(st.characters(exclude_characters="\0"), min_size=1), st.booleans(), st.booleans())
+def test_any_path_survives_the_text_form(path: str, shared: bool, delete: bool) -> None:
+    backend = File(path, shared=shared, delete=delete)
+    assert from_text(str(backend)) == backend
+
+
+def test_a_path_may_be_bytes() -> None:
+    assert File(b"/a\xff").path == os.fsdecode(b"/a\xff")
+    assert from_text(str(File(b"/a\xff"))) == File(b"/a\xff")
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: Anonymous(shared="no"), "shared must be True or False, not 'no'"),
+        (lambda: Anonymous(thp="always"), "thp must be True, False or None, not 'always'"),
+        (lambda: Memfd(seal=3), "seal must be True or False, not 3"),
+        (lambda: Memfd(shared=None), "shared must be True or False, not None"),
+        (lambda: File("x", delete="no"), "delete must be True or False, not 'no'"),
+        (lambda: File("x", follow_symlinks=1), "follow_symlinks must be True or False, not 1"),
+        (lambda: Region("2M", dump="yes"), "dump must be True or False, not 'yes'"),
+    ],
+)
+def test_what_is_on_or_off_is_a_bool(make: Callable[[], object], names: str) -> None:
+    with pytest.raises(TypeError, match=names):
+        make()
+
+
+def test_a_simulated_capacity_is_a_limit_from_the_start() -> None:
+    with pytest.raises(ReserveError, match="plugged=128K is more than the capacity of 100K"):
+        Region("1M", block_size="64K", backend=Simulated(capacity="100K"), plugged=[(0, 2)])
+    with Region("1M", block_size="64K", backend=Simulated(capacity=100_001), headroom="off") as region:
+        region.plug(0)
+        with pytest.raises(PopulateError) as caught:
+            region.plug(1)
+        assert caught.value.cause is Cause.CAPACITY
+    with Region("64M", block_size="16M", backend=Simulated(page_size="8M")) as region:
+        assert region.plug(0, 2) == 2
+        assert region.stats().system_calls == 4

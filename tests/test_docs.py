@@ -74,6 +74,7 @@ MADE = [
     (Kind.ANONYMOUS_PRIVATE, "Anonymous()"),
     (Kind.ANONYMOUS_SHARED, "Anonymous(shared=True)"),
     (Kind.ANONYMOUS_HUGETLB, 'Anonymous(hugetlb="2M")'),
+    (Kind.ANONYMOUS_HUGETLB_SHARED, 'Anonymous(shared=True, hugetlb="2M")'),
     (Kind.SHMEM_SHARED, "Memfd()"),
     (Kind.SHMEM_PRIVATE, "Memfd(shared=False)"),
     (Kind.HUGETLB_SHARED, "Memfd(hugetlb=True)"),

@@ -407,3 +407,89 @@ def test_a_file_system_that_tells_nothing_of_itself_is_an_error_of_ours(
         Region("1M", block_size=BLOCK, backend=File(tmp_path / "f"))
     assert caught.value.errno == errno.EIO
     assert (tmp_path / "f").exists() is there
+
+
+# ---- adopted files with holes -------------------------------------------------------------------------------------
+
+
+def sparse(path: Path) -> Path:
+    """Data in one page of block 1, and nothing else."""
+    with path.open("wb") as file:
+        file.seek(BLOCK + 4096)
+        file.write(b"precious")
+        file.truncate(1 << 20)
+    return path
+
+
+@pytest.mark.parametrize("where", ["tmpfs", "disk"])
+def test_an_adopted_block_has_all_of_its_memory(where: str, tmp_path: Path, tmpfs_mount: Callable[..., Path]) -> None:
+    """What it lacked was found out by a SIGBUS later on."""
+    path = sparse((tmpfs_mount(size="8M") if where == "tmpfs" else tmp_path) / "f")
+    with Region("1M", block_size=BLOCK, backend=File(path, existing="adopt"), plugged=[(5, 1)]) as region:
+        assert list(region.plugged_runs()) == [(1, 1), (5, 1)]
+        assert region.audit().ok
+        assert accounting.allocated_bytes(path) == 2 * BLOCK
+        assert bytes(region.view(1)[4096:4104]) == b"precious"
+        assert not any(region.view(5))
+
+
+def test_what_cannot_be_adopted_for_want_of_room_is_not_harmed(tmpfs_mount: Callable[..., Path]) -> None:
+    folder = tmpfs_mount(size="4M")
+    path = sparse(folder / "f")
+    with path.open("r+b") as file:
+        file.seek(10 * BLOCK)
+        file.write(b"old")
+    with (folder / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, os.statvfs(folder).f_bavail * 4096)
+    before = path.read_bytes()
+    for options in ({"existing": "adopt"}, {"existing": "discard"}):
+        with pytest.raises(BackendExhaustedError):
+            Region("1M", block_size=BLOCK, backend=File(path, **options), plugged=[(5, 1)])  # type: ignore[arg-type]
+        assert path.read_bytes() == before, "with discard, too: that comes last"
+    with pytest.raises(BackendExhaustedError):
+        Region("2M", block_size=BLOCK, backend=File(path, existing="adopt"), plugged=[(20, 1)])
+    assert path.stat().st_size == len(before), "it was made longer for that"
+
+
+def test_huge_pages_that_are_there_can_be_adopted_with_an_empty_pool(huge_pool: Callable[[int], object]) -> None:
+    """Headroom counted them a second time."""
+    huge_pool(4)
+    with Region("1G", backend=Memfd(hugetlb="2M")) as mine:
+        mine.plug(0, accounting.huge_pool().available)
+        with mine.view(1) as view:
+            view[:3] = b"two"
+        assert accounting.huge_pool().available == 0
+        backend = Memfd(fd=mine.fileno())
+        with Region("1G", backend=backend, plugged=[(0, mine.plugged_blocks)]) as theirs:
+            assert theirs.view(1)[:3] == b"two"
+            assert theirs.audit().ok
+
+
+@pytest.mark.parametrize("make", [lambda: Memfd(thp=True), lambda: Anonymous(thp=True)], ids=["memfd", "anonymous"])
+def test_an_error_that_lives_on_holds_no_descriptor(make: Callable[[], Backend]) -> None:
+    with Region("4M", backend=make()):  # so that the kernel's files which regions share are open
+        before = accounting.open_descriptors()
+        with pytest.raises(ValueError, match="thp=True needs blocks") as caught:
+            Region("1M", block_size=BLOCK, backend=make())
+        assert accounting.open_descriptors() == before
+    assert caught.value.__traceback__ is not None
+
+
+def test_a_child_does_not_wait_for_a_lock_that_nobody_holds_there() -> None:
+    with Region("1M", block_size=BLOCK, backend=Simulated(), fork="inherit") as region:
+        lock = region._core.mapping._lock  # type: ignore[attr-defined]
+        holding, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with lock:
+                holding.set()
+                done.wait(30)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert holding.wait(10)
+        try:
+            assert run_child(lambda: region.plug(0), timeout=20).result() == 1
+        finally:
+            done.set()
+            thread.join()

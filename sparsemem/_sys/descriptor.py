@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 from sparsemem._sys.calls import Calls
 
@@ -24,6 +25,15 @@ class Descriptor:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             self._calls.close(fd)
+
+    @contextlib.contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Closes it if the body raises: the error's traceback would keep it open as long as that lives."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def __del__(self) -> None:
         # An interrupted constructor may have set nothing; EBADF means that

@@ -296,7 +296,9 @@ def group_limits(files: KernelFiles) -> list[GroupLimit]:
 
 def huge_group_limits(files: KernelFiles, page_size: int) -> list[GroupLimit]:
     """The finite limits on huge pages of that size, as `group_limits`."""
-    text = f"{page_size >> 30}GB" if page_size >> 30 else f"{page_size >> 20}MB"
+    # As the kernel names them: 1GB, 2MB, 64KB (arm64).
+    unit = next(bits for bits in (30, 20, 10) if page_size >> bits)
+    text = f"{page_size >> unit}{ {30: 'GB', 20: 'MB', 10: 'KB'}[unit] }"
     limits = []
     for folder, version2 in _controller_folders(files, "hugetlb"):
         names = ("max", "current") if version2 else ("limit_in_bytes", "usage_in_bytes")

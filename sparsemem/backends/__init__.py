@@ -38,12 +38,14 @@ _BY_NAME: dict[str, type[Any]] = {
 
 
 def from_text(text: str) -> Backend:
-    """A backend from its text form; `str(backend)` is the inverse.
+    r"""A backend from its text form; `str(backend)` is the inverse.
 
     Args:
         text: A name, then after a colon a path (`file` only) and options, with
             commas between: `anonymous`, `memfd:hugetlb=2M,private`,
-            `file:/dev/shm/x,existing=adopt`, `simulated:capacity=1P`.
+            `file:/dev/shm/x,existing=adopt`, `simulated:capacity=1P`.  A path that
+            begins with neither / nor . is `path=x`; a comma in it is `\,`.
+            Faults and latencies of `Simulated` have no text form.
 
     Raises:
         ValueError: No such backend or option, or a value that does not fit.
@@ -55,8 +57,10 @@ def from_text(text: str) -> Backend:
     known = {field.alias: field for field in attrs.fields(make) if field.init}
     if "shared" in known:
         known["private"] = known["shared"]
+    if options.get("path") is True:
+        raise ValueError(f"backend {text!r}: path is where the file is: path=name")
     for option, value in options.items():
-        if option not in known or option in ("faults", "latency", "path"):
+        if option not in known or option in ("faults", "latency") or (option == "path" and path is not None):
             raise ValueError(f"backend {text!r}: {name} has no option {option!r}")
         if option == "fd":
             options[option] = _number(text, option, value)
@@ -77,6 +81,6 @@ def _switch(text: str, option: str, value: Any) -> bool:
 
 def _number(text: str, option: str, value: Any) -> int:
     try:
-        return int(value)
+        return int(str(value))
     except ValueError:
         raise ValueError(f"backend {text!r}: {option}={value!r} is not a number") from None

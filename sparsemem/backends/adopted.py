@@ -8,16 +8,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from sparsemem._sys import lib, probe
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE
-from sparsemem.backends.allocated import check_existing_data, settle_existing
+from sparsemem.backends.allocated import adopt_existing, check_existing_data, discard_existing
 from sparsemem.backends.base import Request
-from sparsemem.backends.kernel import Area
-from sparsemem.errors import ReserveError, Run, UnsupportedError
+from sparsemem.backends.kernel import Adopted, Area, KernelMapping
+from sparsemem.errors import ReserveError, UnsupportedError
 from sparsemem.recipes import Kind
 from sparsemem.runs import index_of
 from sparsemem.units import exact_size
@@ -65,14 +67,15 @@ def kind_of(calls: Calls, fd: int, shared: bool) -> tuple[Kind, int]:
     return (Kind.SHMEM_SHARED if magic == lib.TMPFS_MAGIC else Kind.DISK_SHARED), page_size
 
 
-def adopt_descriptor(calls: Calls, options: Options, fd: int, request: Request) -> Area:
-    """An area over a borrowed descriptor, which is duplicated."""
+def adopt_mapping(calls: Calls, options: Options, fd: int, request: Request, strategy: str) -> KernelMapping:
+    """A mapping of a borrowed descriptor, which is duplicated."""
     kind_of(calls, fd, options.shared)  # refuses what is no file, before it is duplicated
     try:
         own = Descriptor(calls.duplicate(fd), calls)
     except OSError as error:
         raise ReserveError(error.errno, f"descriptor {fd}: {error.strerror}") from error
-    return adopt_file(calls, options, own, request)
+    with own.closed_on_error():
+        return KernelMapping(adopt_file(calls, options, own, request), request, strategy)
 
 
 def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request) -> Area:
@@ -84,7 +87,9 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
     """
     kind, page_size = kind_of(calls, fd.fd, options.shared)
     size = calls.fstat(fd.fd).st_size
-    settle = None
+    adopt: Callable[[], Adopted] | None = None
+    discard: Callable[[], None] | None = None
+    restore: Callable[[], None] | None = None
     if kind is Kind.TEMPLATE:
         if size < request.size:
             raise ReserveError(
@@ -96,10 +101,15 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
         _check_writable(calls, fd.fd, size)
         check_existing_data(calls, fd, kind, options.existing, request)
 
-        def settle() -> tuple[Run, ...]:
-            # Grown first: that can fail and loses nothing, while a punch cannot be undone.
-            fit_size(calls, fd.fd, size, request.size)
-            return settle_existing(calls, fd, kind, options.existing, request)
+        def adopt() -> Adopted:
+            adopted = adopt_existing(calls, fd, kind, options.existing, request)
+            fit_size(calls, fd.fd, size, request.size)  # last, for it changes the file
+            return adopted
+
+        restore = partial(_shrink_back, calls, fd, size, request.size)
+
+        if options.existing == "discard":
+            discard = partial(discard_existing, calls, fd, request)
 
     flags = lib.MAP_SHARED if options.shared else lib.MAP_PRIVATE
     return Area(
@@ -107,8 +117,9 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
         flags=flags,
         page_size=page_size,
         fd=fd,
-        existing=options.shared,
-        settle=settle,
+        adopt=adopt,
+        discard=discard,
+        restore=restore,
         thp=options.thp,
     )
 
@@ -132,6 +143,12 @@ def fit_size(calls: Calls, fd: int, size: int, needed: int) -> None:
         raise ReserveError(
             error.errno, f"cannot extend the file to {exact_size(needed)}: {error.strerror}{hint}"
         ) from error
+
+
+def _shrink_back(calls: Calls, fd: Descriptor, size: int, grown: int) -> None:
+    """Undoes `fit_size`, unless somebody else has changed the size since."""
+    if size < grown and calls.fstat(fd.fd).st_size == grown:
+        calls.ftruncate(fd.fd, size)
 
 
 def _check_writable(calls: Calls, fd: int, size: int) -> None:

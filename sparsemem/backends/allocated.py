@@ -13,9 +13,10 @@ from sparsemem._sys import lib, residency
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem.backends.base import Request
+from sparsemem.backends.kernel import Adopted
 from sparsemem.errors import ReserveError, Run
 from sparsemem.recipes import Kind
-from sparsemem.runs import subtract, to_blocks
+from sparsemem.runs import join, subtract, to_blocks
 from sparsemem.units import exact_size
 
 EXISTING = ("error", "adopt", "discard")
@@ -58,19 +59,26 @@ def check_existing_data(calls: Calls, fd: Descriptor, kind: Kind, existing: str,
         )
 
 
-def settle_existing(calls: Calls, fd: Descriptor, kind: Kind, existing: str, request: Request) -> tuple[Run, ...]:
-    """Does what `existing` says with the data that is there; the byte runs that are taken over.
+def adopt_existing(calls: Calls, fd: Descriptor, kind: Kind, existing: str, request: Request) -> Adopted:
+    """Which blocks are taken over, and what those and `request.plugged` lack; changes nothing."""
+    found, _ = _allocated(calls, fd.fd, kind, request.size)
+    shift = request.block_size.bit_length() - 1
+    blocks = to_blocks(found, shift) if existing == "adopt" else []
+    adopted = [(first << shift, count << shift) for first, count in blocks]
+    return Adopted(tuple(adopted), tuple(subtract(join([*adopted, *request.plugged]), found)))
+
+
+def discard_existing(calls: Calls, fd: Descriptor, request: Request) -> None:
+    """Throws away what the file held, but for `request.plugged`.
 
     Raises:
         ReserveError: The file cannot be punched.
     """
-    if existing == "discard":
-        _discard_outside(calls, fd.fd, request)
-    if existing != "adopt":
-        return ()
-    found, _ = _allocated(calls, fd.fd, kind, request.size)
-    shift = request.block_size.bit_length() - 1
-    return tuple((first << shift, count << shift) for first, count in to_blocks(found, shift))
+    try:
+        for offset, length in subtract([(0, request.size)], request.plugged):
+            calls.fallocate(fd.fd, lib.FALLOC_FL_PUNCH_HOLE | lib.FALLOC_FL_KEEP_SIZE, offset, length)
+    except OSError as error:
+        raise ReserveError(error.errno, f"existing='discard': cannot punch the file: {error.strerror}") from error
 
 
 def _allocated(calls: Calls, fd: int, kind: Kind, size: int) -> tuple[list[Run], int]:
@@ -83,11 +91,3 @@ def _allocated(calls: Calls, fd: int, kind: Kind, size: int) -> tuple[list[Run],
     found = list(residency.file_data(calls, fd, 0, size))
     beyond = sum(length for _, length in residency.file_data(calls, fd, size, (1 << 63) - 1))
     return found, max(0, total - beyond - sum(length for _, length in found))
-
-
-def _discard_outside(calls: Calls, fd: int, request: Request) -> None:
-    try:
-        for offset, length in subtract([(0, request.size)], request.plugged):
-            calls.fallocate(fd, lib.FALLOC_FL_PUNCH_HOLE | lib.FALLOC_FL_KEEP_SIZE, offset, length)
-    except OSError as error:
-        raise ReserveError(error.errno, f"existing='discard': cannot punch the file: {error.strerror}") from error

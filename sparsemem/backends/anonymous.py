@@ -9,6 +9,7 @@ from attrs import field, frozen
 from sparsemem._sys import lib
 from sparsemem.backends.base import Backend, Request
 from sparsemem.backends.kernel import Area, KernelMapping, check_strategy, page_flags
+from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.pages import block_size_for, huge_text, resolve_page_size
 from sparsemem.backends.text import options_text
 from sparsemem.recipes import Kind
@@ -28,9 +29,9 @@ class Anonymous(Backend):
         strategy: How to populate: "auto", "populate_write" or "futex".
     """
 
-    shared: bool = False
+    shared: bool = field(default=False, validator=switch)
     hugetlb: bool | Size | None = None
-    thp: bool | None = None
+    thp: bool | None = field(default=None, validator=optional_switch)
     strategy: str = field(default="auto", converter=check_strategy)
     _page_size: int = field(init=False, repr=False)
 
@@ -51,7 +52,7 @@ class Anonymous(Backend):
         kind = Kind.ANONYMOUS_SHARED if self.shared else Kind.ANONYMOUS_PRIVATE
         if self.hugetlb:
             flags |= lib.MAP_HUGETLB | page_flags(self._page_size)
-            kind = kind if self.shared else Kind.ANONYMOUS_HUGETLB
+            kind = Kind.ANONYMOUS_HUGETLB_SHARED if self.shared else Kind.ANONYMOUS_HUGETLB
         area = Area(kind=kind, flags=flags, page_size=self._page_size, thp=self.thp)
         return KernelMapping(area, request, self.strategy)
 

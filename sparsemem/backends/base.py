@@ -104,8 +104,11 @@ class Mapping(abc.ABC):
     granule: int = PAGE_SIZE
     """Bytes of the largest page that may be in use, huge ones included."""
 
-    maps_adopted: bool = False
-    """Whether blocks that start out plugged have to be populated for that to be true."""
+    unpopulated: tuple[Run, ...] = ()
+    """Byte runs of what starts out plugged that have to be populated for that to be true."""
+
+    adopts_pages: bool = False
+    """Whether most of `unpopulated` is there already and only has to be mapped: no matter of headroom then."""
 
     bridge: int = 0
     """Bytes of unplugged memory over which one discard is cheaper than two."""
@@ -169,6 +172,9 @@ class Mapping(abc.ABC):
 
     def after_fork_in_child(self) -> None:  # noqa: B027 - a hook
         """Called in a forked child, which may use the memory only if `fork_inherits`."""
+
+    def settle(self) -> None:  # noqa: B027 - a hook
+        """Last of all that makes a region: what cannot be undone, such as throwing old data away."""
 
     def close(self) -> None:  # noqa: B027 - a hook
         """Lets go of everything; the memory itself stays mapped while views live."""

@@ -14,10 +14,11 @@ from sparsemem._sys import lib
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE
-from sparsemem.backends.adopted import adopt_descriptor, adopt_file, fit_size, kind_of
+from sparsemem.backends.adopted import adopt_file, adopt_mapping, fit_size, kind_of
 from sparsemem.backends.allocated import check_existing
 from sparsemem.backends.base import Backend, Request
 from sparsemem.backends.kernel import Area, KernelMapping, OwnFile, check_strategy
+from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.pages import block_size_for
 from sparsemem.backends.text import options_text
 from sparsemem.errors import ReserveError
@@ -57,12 +58,12 @@ class File(Backend):
     """
 
     path: str | None = field(default=None, converter=_path_text)
-    shared: bool = field(default=True, kw_only=True)
+    shared: bool = field(default=True, validator=switch, kw_only=True)
     existing: str = field(default="error", converter=check_existing, kw_only=True)
     fd: int | None = field(default=None, kw_only=True)
-    delete: bool = field(default=False, kw_only=True)
-    thp: bool | None = field(default=None, kw_only=True)
-    follow_symlinks: bool = field(default=False, kw_only=True)
+    delete: bool = field(default=False, validator=switch, kw_only=True)
+    thp: bool | None = field(default=None, validator=optional_switch, kw_only=True)
+    follow_symlinks: bool = field(default=False, validator=switch, kw_only=True)
     strategy: str = field(default="auto", converter=check_strategy, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
@@ -99,7 +100,7 @@ class File(Backend):
     def reserve(self, request: Request) -> KernelMapping:
         calls = _calls.kernel
         if self.fd is not None:
-            return KernelMapping(adopt_descriptor(calls, self, self.fd, request), request, self.strategy)
+            return adopt_mapping(calls, self, self.fd, request, self.strategy)
         assert self.path is not None
         fd, created = self._open(calls, self.path)
         own: OwnFile | None = None

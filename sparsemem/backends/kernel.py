@@ -57,6 +57,19 @@ class OwnFile:
             calls.unlink(self.path)
 
 
+@frozen
+class Adopted:
+    """What an existing file holds, in byte runs.
+
+    Attributes:
+        blocks: Whole blocks that are taken over.
+        missing: Parts of blocks that start out plugged which the file has no memory for.
+    """
+
+    blocks: tuple[Run, ...]
+    missing: tuple[Run, ...]
+
+
 @frozen(kw_only=True)
 class Area:
     """What is to be mapped, and what it is."""
@@ -66,10 +79,12 @@ class Area:
     page_size: int
     fd: Descriptor | None = None
     writable: bool = True
-    existing: bool = False
-    """Whether it is somebody's file, shared with them."""
-    settle: Callable[[], tuple[Run, ...]] | None = None
-    """Changes an existing file as was asked, and says which byte runs hold data.  Done last: it cannot be undone."""
+    adopt: Callable[[], Adopted] | None = None
+    """Makes an existing file fit, and says what it holds; loses nothing."""
+    discard: Callable[[], None] | None = None
+    """Throws away what the file held.  Done last: it cannot be undone."""
+    restore: Callable[[], None] | None = None
+    """Undoes what `adopt` did, for a region that comes to nothing."""
     thp: bool | None = None
     created: OwnFile | None = None
     """A file that was made for this mapping, and goes if its region comes to nothing."""
@@ -126,16 +141,13 @@ class KernelMapping(Mapping):
         self.fresh = self.recipe.fresh
         self.can_discard = bool(self.recipe.discard)
         self.bridge = self.recipe.bridge
-        # Fresh memory has to be populated to be what `plugged` says.  A file
-        # that was there holds its data already, and writing to all of it would
-        # only make it dirty; but shared hugetlb memory shows as resident in our
-        # page tables alone.
-        self.maps_adopted = not area.existing or self.recipe.evidence is Evidence.MAPPED_PAGES
         self.fork_inherits = request.fork == "inherit"
         self._vectored = self.page_size == PAGE_SIZE and probe.vectored(self._calls)
         self._fd = area.fd
         self._unlink = area.unlink
         self._created = area.created
+        self._discard = area.discard
+        self._restore = area.restore
         files = shared_files()
         self._surroundings: Surroundings | None = None
         self.thp, align = self._resolve_thp(area.thp, request.block_size, thp_size(files))
@@ -148,13 +160,32 @@ class KernelMapping(Mapping):
         try:
             self._advise(request)
             self._surroundings = Surroundings(self._calls, files, area.kind, area.page_size, area.fd, self.size)
-            # Last, for it may punch the file: whatever else can fail has succeeded.
-            self.adopted = () if area.settle is None else area.settle()
+            self._adopt(area, request)
         except BaseException:
-            self.close()
+            self.abandon()
             raise
 
     # ---- reserving -------------------------------------------------------------------
+
+    def _adopt(self, area: Area, request: Request) -> None:
+        """Finds out what blocks that start out plugged have, and what they lack.
+
+        Fresh memory has to be populated to be what `plugged` says.  A file that was
+        there may have holes, for which a later access could find no room; the rest of
+        it needs nothing, and writing to it would only make it dirty.  But what a
+        hugetlb file has the kernel does not say: all of it is mapped, which costs no
+        page where there is one.
+        """
+        if area.adopt is None:
+            self.unpopulated = request.plugged
+            return
+        adopted = area.adopt()
+        self.adopted, self.unpopulated = adopted.blocks, adopted.missing
+        self.adopts_pages = self.recipe.evidence is Evidence.MAPPED_PAGES
+
+    def settle(self) -> None:
+        if self._discard is not None:
+            self._discard()
 
     def _resolve_thp(self, wanted: bool | None, block_size: int, huge: int | None) -> tuple[bool | None, int]:
         """Whether to ask for huge pages, and the alignment in bytes.
@@ -306,6 +337,9 @@ class KernelMapping(Mapping):
         self._unlink = None
 
     def abandon(self) -> None:
+        if self._restore is not None and self._fd is not None:
+            with contextlib.suppress(OSError):  # sealed against shrinking, for one
+                self._restore()
         self._unlink = self._created
         self.close()
 

@@ -10,10 +10,11 @@ from sparsemem._sys import calls as _calls
 from sparsemem._sys import lib
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
-from sparsemem.backends.adopted import adopt_descriptor, fit_size, kind_of
+from sparsemem.backends.adopted import adopt_mapping, fit_size, kind_of
 from sparsemem.backends.allocated import check_existing
 from sparsemem.backends.base import Backend, Request
 from sparsemem.backends.kernel import Area, KernelMapping, check_strategy, page_flags, reserving
+from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.pages import block_size_for, huge_text, resolve_page_size
 from sparsemem.backends.text import options_text
 from sparsemem.recipes import Kind
@@ -38,10 +39,10 @@ class Memfd(Backend):
         strategy: How to populate: "auto", "populate_write" or "futex".
     """
 
-    shared: bool = True
+    shared: bool = field(default=True, validator=switch)
     hugetlb: bool | Size | None = None
-    thp: bool | None = None
-    seal: bool = True
+    thp: bool | None = field(default=None, validator=optional_switch)
+    seal: bool = field(default=True, validator=switch)
     fd: int | None = None
     existing: str = field(default="error", converter=check_existing)
     strategy: str = field(default="auto", converter=check_strategy)
@@ -65,7 +66,7 @@ class Memfd(Backend):
         calls = _calls.kernel
         flags = lib.MAP_SHARED if self.shared else lib.MAP_PRIVATE
         if self.fd is not None:
-            return KernelMapping(adopt_descriptor(calls, self, self.fd, request), request, self.strategy)
+            return adopt_mapping(calls, self, self.fd, request, self.strategy)
         huge = self._page_size if self.hugetlb else 0
         fd = reserving(lambda: self._create(calls, request, huge), "cannot make a memfd")
         kind = (
@@ -73,17 +74,19 @@ class Memfd(Backend):
             if huge
             else (Kind.SHMEM_SHARED if self.shared else Kind.SHMEM_PRIVATE)
         )
-        area = Area(kind=kind, flags=flags, page_size=self._page_size, fd=fd, thp=self.thp)
-        return KernelMapping(area, request, self.strategy)
+        with fd.closed_on_error():
+            area = Area(kind=kind, flags=flags, page_size=self._page_size, fd=fd, thp=self.thp)
+            return KernelMapping(area, request, self.strategy)
 
     def _create(self, calls: Calls, request: Request, huge: int) -> Descriptor:
         flags = lib.MFD_CLOEXEC | (lib.MFD_ALLOW_SEALING if self.seal else 0)
         if huge:
             flags |= lib.MFD_HUGETLB | page_flags(huge)
         fd = Descriptor(calls.memfd_create(request.name, flags), calls)
-        fit_size(calls, fd.fd, 0, request.size)
-        if self.seal:
-            calls.add_seals(fd.fd, lib.F_SEAL_SHRINK | lib.F_SEAL_GROW | lib.F_SEAL_SEAL)
+        with fd.closed_on_error():
+            fit_size(calls, fd.fd, 0, request.size)
+            if self.seal:
+                calls.add_seals(fd.fd, lib.F_SEAL_SHRINK | lib.F_SEAL_GROW | lib.F_SEAL_SEAL)
         return fd
 
     def __str__(self) -> str:

@@ -37,8 +37,10 @@ class Secret(Backend):
             if error.errno in _ABSENT:
                 raise UnsupportedError(f"this kernel has no memfd_secret: {error.strerror}") from error
             raise ReserveError(error.errno, f"cannot make a memfd_secret: {error.strerror}") from error
-        try:
-            calls.ftruncate(fd.fd, request.size)
-        except OSError as error:
-            raise ReserveError(error.errno, f"cannot size a memfd_secret: {error.strerror}") from error
-        return KernelMapping(Area(kind=Kind.SECRET, flags=lib.MAP_SHARED, page_size=PAGE_SIZE, fd=fd), request, "auto")
+        with fd.closed_on_error():
+            try:
+                calls.ftruncate(fd.fd, request.size)
+            except OSError as error:
+                raise ReserveError(error.errno, f"cannot size a memfd_secret: {error.strerror}") from error
+            area = Area(kind=Kind.SECRET, flags=lib.MAP_SHARED, page_size=PAGE_SIZE, fd=fd)
+            return KernelMapping(area, request, "auto")

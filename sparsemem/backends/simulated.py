@@ -14,7 +14,7 @@ from attrs import field, frozen
 from sparsemem._sys.files import PAGE_SIZE
 from sparsemem.backends.base import Backend, Limit, Mapping, Request
 from sparsemem.backends.text import options_text
-from sparsemem.errors import Cause, Run
+from sparsemem.errors import Cause, ReserveError, Run
 from sparsemem.runs import clip
 from sparsemem.units import Size, exact_size, parse_size
 
@@ -85,7 +85,8 @@ class Simulated(Backend):
 
     def __str__(self) -> str:
         capacity = None if self.capacity is None else exact_size(self.capacity)
-        return options_text("simulated", {"capacity": capacity})
+        page = None if self.page_size == PAGE_SIZE else exact_size(self.page_size)
+        return options_text("simulated", {"capacity": capacity, "page_size": page})
 
 
 class Intervals:
@@ -137,6 +138,13 @@ class SimulatedMapping(Mapping):
         self._lock = threading.RLock()
         self._calls = {"populate": 0, "discard": 0}
         self.fork_inherits = request.fork == "inherit"
+        self.granule = backend.page_size  # a chunk must not split one, however large it is
+        held = sum(length for _, length in request.plugged)
+        if backend.capacity is not None and held > backend.capacity:
+            raise ReserveError(
+                _errno.ENOSPC,
+                f"plugged={exact_size(held)} is more than the capacity of {exact_size(backend.capacity)}",
+            )
         for offset, length in request.plugged:
             self._mark(offset, length, True)
 
@@ -179,11 +187,15 @@ class SimulatedMapping(Mapping):
     def resident_total(self) -> int:
         return self._used.total
 
+    def after_fork_in_child(self) -> None:
+        self._lock = threading.RLock()  # a thread that does not exist here may have held it
+
     def limits(self) -> Iterable[Limit]:
         if self._backend.capacity is not None:
             left = self._backend.capacity - self._used.total
             yield Limit(Cause.CAPACITY, left, "Simulated(capacity=)", _errno.ENOSPC)
 
     def diagnose(self, errno: int, offset: int) -> Cause:
-        full = self._backend.capacity is not None and self._used.total >= self._backend.capacity
+        capacity = self._backend.capacity
+        full = capacity is not None and capacity - self._used.total < self.page_size
         return Cause.CAPACITY if errno == _errno.ENOSPC and full else Cause.UNKNOWN

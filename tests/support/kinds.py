@@ -135,6 +135,13 @@ KINDS = [
     Kind("disk file private", lambda folder: File(folder / "file", shared=False), private_bytes),
     Kind("disk file template", _template, private_bytes, size=TEMPLATE_SIZE),
     Kind("anonymous hugetlb", lambda _: Anonymous(hugetlb="2M"), _hugetlb, block_size=_HUGE, huge=True),
+    Kind(
+        "anonymous shared hugetlb",
+        lambda _: Anonymous(hugetlb="2M", shared=True),
+        _hugetlb,
+        block_size=_HUGE,
+        huge=True,
+    ),
     Kind("memfd hugetlb shared", lambda _: Memfd(hugetlb="2M"), _in_file, block_size=_HUGE, huge=True),
     Kind("memfd hugetlb private", lambda _: Memfd(hugetlb="2M", shared=False), _hugetlb, block_size=_HUGE, huge=True),
     Kind("hugetlbfs file shared", lambda f: File(f / "file"), _in_file, block_size=_HUGE, huge=True, hugetlbfs=True),
