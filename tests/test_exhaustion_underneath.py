@@ -149,29 +149,10 @@ def test_a_limit_of_the_address_space_does_not_concern_what_is_reserved(backend:
     assert run_child(child).result() == 0
 
 
-@pytest.fixture
-def strict(kernel_setting: Any) -> Callable[[], None]:
-    """Strict overcommit under which everybody else keeps 1 GiB, whatever the test takes.
-
-    A process must leave min(vm.user_reserve_kbytes, 1/32 of its own size) of the commit limit, and one with a large
-    reservation is large: so the test runs out of it 1 GiB before anybody else does.
-    """
-
-    def switch_on() -> None:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        limit, used = (int(fields[name].split()[0]) for name in ("CommitLimit", "Committed_AS"))
-        if limit - used < 2 << 20:
-            pytest.skip("needs 2 GiB that strict overcommit leaves")
-        kernel_setting("/proc/sys/vm/user_reserve_kbytes", 1 << 20)
-        kernel_setting("/proc/sys/vm/overcommit_memory", 2)
-
-    return switch_on
-
-
 @pytest.mark.parametrize("headroom", ["off", "check"])
 @pytest.mark.parametrize("strategy", ["populate_write", "futex"])
 def test_the_commit_limit_ends_a_plug_of_shared_memory(
-    strategy: str, headroom: str, strict: Callable[[], None]
+    strategy: str, headroom: str, strict_overcommit: Callable[[], None]
 ) -> None:
     """Shmem is charged as it comes, so the limit binds the plug; private memory is charged when it is reserved."""
 
@@ -195,7 +176,7 @@ def test_the_commit_limit_ends_a_plug_of_shared_memory(
             assert region.plug(1, 100) == 100
             return error.cause, error.rolled_back, error.populated > 0
 
-    strict()
+    strict_overcommit()
     assert run_child(child).result() == (Cause.OVERCOMMIT, True, headroom == "off")
 
 

@@ -5,10 +5,9 @@ Layouts of control groups that this machine does not have are in test_headroom_f
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,6 @@ from sparsemem.backends import Backend, Limit
 from sparsemem.headroom import Gauge, read
 from tests.support import accounting
 from tests.support.children import run_child
-from tests.support.resources import need_root
 
 MIB = 1 << 20
 
@@ -160,33 +158,6 @@ def test_the_pool_of_huge_pages_binds(huge_pool: Any) -> None:
         region.plug(0, 2)
         assert region.headroom().available == room.available - 4 * MIB
         assert accounting.allocated_bytes(region.fileno()) == 4 * MIB
-
-
-@pytest.fixture
-def hugetlb_cgroup() -> Iterator[Callable[[int], Path]]:
-    """Factory: a group on the version 2 hierarchy that may use so many bytes of 2 MiB huge pages."""
-    need_root("to make a hugetlb cgroup")
-    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
-    top = next((Path(words[1]) for words in mounts if words[2] == "cgroup2"), None)
-    if top is None or "hugetlb" not in (top / "cgroup.controllers").read_text().split():
-        pytest.skip("needs the hugetlb controller on a version 2 hierarchy")
-    switch = top / "cgroup.subtree_control"
-    was_on = "hugetlb" in switch.read_text().split()
-    path = top / f"sparsemem-test-{os.getpid()}"
-    switch.write_text("+hugetlb")
-    try:
-        path.mkdir()
-
-        def limit(size: int) -> Path:
-            (path / "hugetlb.2MB.max").write_text(str(size))
-            return path
-
-        yield limit
-        path.rmdir()
-    finally:
-        if not was_on:
-            with contextlib.suppress(OSError):  # EBUSY: somebody else uses it by now
-                switch.write_text("-hugetlb")
 
 
 @pytest.mark.parametrize("backend", [Memfd(hugetlb="2M"), Anonymous(hugetlb="2M")], ids=str)

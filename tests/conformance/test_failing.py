@@ -105,6 +105,43 @@ def test_a_special_mapping_is_einval() -> None:
     assert madvise(special[0].start, PAGE, DONTNEED) == errno.EINVAL
 
 
+def test_a_control_groups_limit_on_huge_pages_is_efault(huge_pool: Any, hugetlb_cgroup: Any) -> None:
+    huge_pool(6)
+    group = hugetlb_cgroup(2 * HUGE)
+
+    def child() -> tuple[int, int]:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        with memfd(huge=True) as fd, mapping(shared=True, fd=fd, huge=True) as raw:
+            return madvise(raw.address, raw.size, POPULATE_WRITE), raw.in_file()
+
+    assert run_child(child).result() == (errno.EFAULT, 2 * HUGE)
+
+
+def test_the_commit_limit_on_shared_memory_is_efault(strict_overcommit: Any) -> None:
+    strict_overcommit()
+
+    def child() -> tuple[int, bool]:
+        size, large = 256 * MIB, 64 << 30
+        with memfd() as fd, memfd() as other:
+            os.ftruncate(fd, size)
+            os.ftruncate(other, large)
+            # So much that the process's share is 1 GiB less than the others'.
+            bulk = mmap.mmap(other, large)
+            fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+            left = sum(int(fields[name].split()[0]) * sign for name, sign in (("CommitLimit", 1), ("Committed_AS", -1)))
+            filler = mmap.mmap(
+                -1, ((left - (1 << 20) - (64 << 10)) << 10) & -PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+            with mapping(shared=True, fd=fd, size=size) as raw:
+                failed = madvise(raw.address, size, POPULATE_WRITE)
+                partial = 0 < raw.in_file() < size
+            filler.close()
+            bulk.close()
+            return failed, partial
+
+    assert run_child(child).result() == (errno.EFAULT, True)
+
+
 # ---- ENOMEM: a control group that waits instead of killing -------------------------------------
 
 

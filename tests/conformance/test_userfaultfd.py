@@ -1,4 +1,4 @@
-"""Two errors of MADV_POPULATE_WRITE that only userfaultfd can make: SIGBUS mode and a poisoned page."""
+"""Two errors of MADV_POPULATE_WRITE that only userfaultfd can make, and two ways of its own to populate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from sparsemem import Cause, PopulateError, Region
-from tests.conformance.raw import DONTNEED, PAGE, POPULATE_WRITE, madvise, mapping
+from tests.conformance.raw import DONTNEED, PAGE, POPULATE_WRITE, madvise, mapping, memfd
 
 _NUMBER = {"x86_64": 323, "aarch64": 282}
 _USER_MODE_ONLY = 1
@@ -45,6 +45,15 @@ class Userfaultfd:
     def register(self, start: int, length: int) -> None:
         fcntl.ioctl(self.fd, _iowr(0x00, 32), struct.pack("QQQQ", start, length, 1, 0))
 
+    def unregister(self, start: int, length: int) -> None:
+        fcntl.ioctl(self.fd, _iowr(0x01, 16) & ~(1 << 30), struct.pack("QQ", start, length))
+
+    def copy(self, start: int, source: int, length: int) -> None:
+        fcntl.ioctl(self.fd, _iowr(0x03, 40), struct.pack("QQQQq", start, source, length, 0, 0))
+
+    def zero(self, start: int, length: int) -> None:
+        fcntl.ioctl(self.fd, _iowr(0x04, 32), struct.pack("QQQq", start, length, 0, 0))
+
     def poison(self, start: int, length: int) -> None:
         fcntl.ioctl(self.fd, _iowr(0x08, 32), struct.pack("QQQq", start, length, 0, 0))
 
@@ -52,6 +61,13 @@ class Userfaultfd:
 @pytest.fixture
 def sigbus() -> Iterator[Userfaultfd]:
     made = Userfaultfd(_SIGBUS)
+    yield made
+    os.close(made.fd)
+
+
+@pytest.fixture
+def plain() -> Iterator[Userfaultfd]:
+    made = Userfaultfd(0)
     yield made
     os.close(made.fd)
 
@@ -76,6 +92,29 @@ def test_a_poisoned_page_is_ehwpoison_and_a_discard_heals_it(poison: Userfaultfd
         poison.poison(raw.address + 4 * PAGE, PAGE)
         assert madvise(raw.address, raw.size, POPULATE_WRITE) == EHWPOISON
         assert madvise(raw.address + 4 * PAGE, PAGE, DONTNEED) == 0
+        poison.unregister(raw.address + 4 * PAGE, PAGE)
+        assert madvise(raw.address, raw.size, POPULATE_WRITE) == 0
+
+
+def test_copying_into_a_private_memfd_populates_it_once(plain: Userfaultfd) -> None:
+    """MADV_POPULATE_WRITE leaves the file's pages behind the copies."""
+    with memfd() as fd, mapping(fd=fd) as raw, mapping() as source:
+        plain.register(raw.address, raw.size)
+        assert source.populated()
+        plain.copy(raw.address, source.address, raw.size)
+        assert (raw.private(), raw.in_file()) == (raw.size, 0)
+    with memfd() as fd, mapping(fd=fd) as raw:
+        assert raw.populated()
+        assert (raw.private(), raw.in_file()) == (raw.size, raw.size)
+
+
+def test_zero_pages_and_then_a_populate_do_so_too(plain: Userfaultfd) -> None:
+    with memfd() as fd, mapping(fd=fd) as raw:
+        plain.register(raw.address, raw.size)
+        plain.zero(raw.address, raw.size)
+        assert (raw.private(), raw.in_file()) == (0, 0), "the zero page is nobody's"
+        assert raw.populated()
+        assert (raw.private(), raw.in_file()) == (raw.size, 0)
 
 
 def test_a_page_poisoned_in_use_is_told_by_its_cause(poison: Userfaultfd) -> None:

@@ -285,3 +285,49 @@ def memory_cgroup() -> Iterator[Callable[..., MemoryCgroup]]:
             return group
 
         yield make
+
+
+@pytest.fixture
+def hugetlb_cgroup() -> Iterator[Callable[[int], Path]]:
+    """Factory: a group on the version 2 hierarchy that may use so many bytes of 2 MiB huge pages."""
+    need_root("to make a hugetlb cgroup")
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    top = next((Path(words[1]) for words in mounts if words[2] == "cgroup2"), None)
+    if top is None or "hugetlb" not in (top / "cgroup.controllers").read_text().split():
+        pytest.skip("needs the hugetlb controller on a version 2 hierarchy")
+    switch = top / "cgroup.subtree_control"
+    was_on = "hugetlb" in switch.read_text().split()
+    path = top / f"sparsemem-test-{os.getpid()}"
+    switch.write_text("+hugetlb")
+    try:
+        path.mkdir()
+
+        def limit(size: int) -> Path:
+            (path / "hugetlb.2MB.max").write_text(str(size))
+            return path
+
+        yield limit
+        path.rmdir()
+    finally:
+        if not was_on:
+            with contextlib.suppress(OSError):  # EBUSY: somebody else uses it by now
+                switch.write_text("-hugetlb")
+
+
+@pytest.fixture
+def strict_overcommit(kernel_setting: Callable[[str, object], None]) -> Callable[[], None]:
+    """Strict overcommit under which everybody else keeps 1 GiB, whatever the test takes.
+
+    A process must leave min(vm.user_reserve_kbytes, 1/32 of its own size) of the commit limit, and one with a large
+    reservation is large: so the test runs out of it 1 GiB before anybody else does.
+    """
+
+    def switch_on() -> None:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limit, used = (int(fields[name].split()[0]) for name in ("CommitLimit", "Committed_AS"))
+        if limit - used < 2 << 20:
+            pytest.skip("needs 2 GiB that strict overcommit leaves")
+        kernel_setting("/proc/sys/vm/user_reserve_kbytes", 1 << 20)
+        kernel_setting("/proc/sys/vm/overcommit_memory", 2)
+
+    return switch_on
