@@ -27,8 +27,11 @@ from sparsemem import (
     SparseMemError,
     UnsupportedError,
 )
+from sparsemem._sys import lib
+from sparsemem.backends import Backend
 from sparsemem.recipes import RECIPES, Step
 from tests.support import accounting
+from tests.support.children import run_child
 from tests.support.injector import Injector
 from tests.support.kinds import KINDS, Kind, Made, make, need_disk
 
@@ -45,10 +48,14 @@ OF_STEP = {
 }
 OF_CALL = {
     "reserve": "EACCES EAGAIN EBADF EINVAL ENFILE ENODEV ENOMEM EOVERFLOW EPERM ETXTBSY".split(),
-    "memfd_create": "EINVAL EMFILE ENFILE ENOMEM EPERM".split(),
+    "memfd_create": "EFAULT EINVAL EMFILE ENFILE ENOMEM ENOSYS EPERM".split(),
     "ftruncate": "EFBIG EINTR EINVAL EIO EPERM EROFS ETXTBSY EBADF".split(),
     "add_seals": "EBUSY EPERM EINVAL EBADF".split(),
-    "open": "EACCES EDQUOT EISDIR EMFILE ENAMETOOLONG ENFILE ENODEV ENOENT ENOMEM ENOSPC ENOTDIR ENXIO EROFS".split(),
+    # Without EEXIST, which means that somebody has made the file meanwhile: then it is an existing one.
+    "open": (
+        "EACCES EAGAIN EBADF EBUSY EDQUOT EFAULT EFBIG EINTR EINVAL EISDIR ELOOP EMFILE ENAMETOOLONG ENFILE ENODEV "
+        "ENOENT ENOMEM ENOSPC ENOTDIR ENXIO EOPNOTSUPP EOVERFLOW EPERM EROFS ETXTBSY"
+    ).split(),
     "duplicate": "EMFILE EBADF".split(),
 }
 BLOCK = 64 << 10
@@ -366,14 +373,44 @@ def test_a_reservation_that_fails_leaves_nothing_behind(
         os.close(backend.fd)
 
 
+@pytest.mark.parametrize(
+    ("advice", "backend"),
+    [
+        (lib.MADV_WIPEONFORK, Anonymous()),
+        (lib.MADV_DONTFORK, Memfd(shared=False)),
+        (lib.MADV_DONTDUMP, Anonymous()),
+        (lib.MADV_HUGEPAGE, Anonymous()),
+        (lib.MADV_NOHUGEPAGE, Anonymous(thp=False)),
+    ],
+    ids=["WIPEONFORK", "DONTFORK", "DONTDUMP", "HUGEPAGE", "NOHUGEPAGE"],
+)
 @pytest.mark.parametrize("code", MADVISE)
-def test_advice_that_matters_is_not_done_without(code: str, inject: Injector) -> None:
-    """Without WIPEONFORK a child could read private memory, and pay for it: rather no region."""
-    from sparsemem._sys import lib
+def test_advice_that_matters_is_not_done_without(code: str, advice: int, backend: Backend, inject: Injector) -> None:
+    """Without WIPEONFORK a child could read private memory, and pay for it: rather no region.
 
-    inject.call("madvise", errno=number(code), when=lambda _a, _l, advice: advice == lib.MADV_WIPEONFORK)
-    with pytest.raises(ReserveError):
-        Region("64M")
+    What a kernel may not know at all (EINVAL) and nothing depends on is done without.
+    """
+    before = accounting.open_descriptors(), accounting.vma_count()
+    inject.call("madvise", errno=number(code), when=lambda _a, _l, given: given == advice)
+    if code == "EINVAL" and advice not in (lib.MADV_WIPEONFORK, lib.MADV_DONTFORK):
+        with Region("64M", backend=backend) as region:
+            assert region.plug(0) == 1
+        return
+    with pytest.raises(ReserveError) as caught:
+        Region("64M", backend=backend)
+    assert caught.value.errno == number(code)
+    caught = None  # type: ignore[assignment]  # its traceback holds the half-made region
+    assert accounting.open_descriptors() == before[0]
+    assert abs(accounting.vma_count() - before[1]) <= 2
+
+
+@pytest.mark.parametrize("code", ["EEXIST", "ENOMEM", "EPERM"])
+def test_a_child_without_a_placeholder_goes_on(code: str, inject: Injector) -> None:
+    """It has no view to use it with: the parent's region is all that is missing."""
+    with Region("64M", backend=Memfd(shared=False)) as region:
+        region.plug(0)
+        inject.call("reserve_placeholder", errno=number(code))
+        assert run_child(lambda: "on").result() == "on"
 
 
 def test_a_secret_that_the_kernel_does_not_have_is_unsupported(inject: Injector) -> None:

@@ -197,7 +197,8 @@ def test_the_kernel_was_told_what_a_child_gets(made: Made) -> None:
     """WIPEONFORK ("wf") is for private anonymous memory alone; other private memory stays out of a child ("dc")."""
     with made.region() as region:
         flags = accounting.smaps(region.address, region.size).flags
-        private = made.kind.used is private_bytes or "private" in made.kind.id or made.kind.id == "anonymous hugetlb"
+        named = "private" in made.kind.id or "template" in made.kind.id or made.kind.id == "anonymous hugetlb"
+        private = made.kind.used is private_bytes or named
         wiped = made.kind.id.startswith("anonymous private")
         assert all(("wf" in vma) is wiped for vma in flags)
         assert all(("dc" in vma) is (private and not wiped) for vma in flags)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import threading
 
 import attrs
 import pytest
 
-from sparsemem import BackendExhaustedError, Cause, Memfd, PopulateError, Region, UnsupportedError
+from sparsemem import (
+    Anonymous,
+    BackendExhaustedError,
+    Cause,
+    Memfd,
+    PopulateError,
+    Region,
+    UnsupportedError,
+)
 from sparsemem._sys import calls, lib
+from sparsemem.backends import Backend
+from tests.support import accounting
 from tests.support.children import run_child
 from tests.support.kinds import Made, every_discarding, every_kind, every_kind_once, every_viewable, params
 
@@ -165,6 +176,47 @@ def test_other_mappings_may_change_while_blocks_are_plugged() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    "backend", [Anonymous(), Anonymous(thp=False), Memfd(), Memfd(shared=False), Anonymous(shared=True)], ids=str
+)
+def test_the_regions_own_mapping_may_be_cut_and_joined_meanwhile(backend: Backend) -> None:
+    """Somebody's MADV_DONTDUMP on a part splits it in two, MADV_DODUMP joins it again: in the middle of the work."""
+    dontdump, dodump = 16, 17
+    stop, most = threading.Event(), [0]
+
+    with Region("1G", block_size="2M", backend=backend, dump=True) as region:
+
+        def churn() -> None:
+            chance = random.Random(1)
+            while not stop.is_set():
+                at = region.address + chance.randrange(0, 60) * region.block_size + 4096 * chance.randrange(512)
+                for advice in (dontdump, dodump):
+                    calls.kernel.madvise(at, 4 << 20, advice)
+                    if advice == dontdump and not most[0] > 1:
+                        most[0] = len(accounting.vmas(region.address, region.size))
+
+        thread = threading.Thread(target=churn)
+        thread.start()
+        try:
+            for _ in range(8):
+                region.plug(0, 64)
+                with region.view(0, 64) as view:
+                    view[:] = b"\x5a" * len(view)
+                region.unplug_runs([(1, 30), (40, 2)])
+                with region.view(31, 9) as view:
+                    assert bytes(view) == b"\x5a" * len(view)
+                region.plug_runs([(1, 30), (40, 2)])
+                with region.view(1, 30) as view:
+                    assert not any(view[::4096])
+                assert region.audit().ok
+                region.unplug_all()
+                assert region.audit().resident_size == 0
+        finally:
+            stop.set()
+            thread.join()
+    assert most[0] > 1, "it was cut"
 
 
 @every_viewable

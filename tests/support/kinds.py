@@ -6,6 +6,7 @@ library, how much memory a region of it uses.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tests.support import accounting
 from tests.support.accounting import Page
 
 TIB = 1 << 40
-TEMPLATE_SIZE = 256 << 20
+TEMPLATE_DATA = 16 << 20
 TEMPLATE_PATTERN = b"template"
 
 
@@ -31,6 +32,11 @@ def private_bytes(region: Region) -> int:
         region.address, region.size, any_of=Page.PRESENT | Page.SWAPPED, none_of=Page.PFNZERO | Page.FILE
     )
     return sum(end - start for start, end in runs)
+
+
+def private_huge_bytes(region: Region) -> int:
+    """The same of huge pages."""
+    return accounting.smaps(region.address, region.size)["Private_Hugetlb"]
 
 
 def _mapped(region: Region) -> int:
@@ -105,8 +111,18 @@ def _template(folder: Path) -> File:
     path = folder / "template"
     if not path.exists():
         with path.open("wb") as file:
-            file.write(TEMPLATE_PATTERN * (TEMPLATE_SIZE // 8 // 16))
-            file.truncate(TEMPLATE_SIZE)
+            file.write(TEMPLATE_PATTERN * (TEMPLATE_DATA // len(TEMPLATE_PATTERN)))
+            file.truncate(TIB)
+    return File(path, shared=False)
+
+
+def _huge_template(folder: Path) -> File:
+    path = folder / "template"
+    if not path.exists():
+        with path.open("w+b") as file:  # hugetlbfs has no write()
+            file.truncate(TIB)
+            with mmap.mmap(file.fileno(), TEMPLATE_DATA) as data:
+                data[:] = TEMPLATE_PATTERN * (TEMPLATE_DATA // len(TEMPLATE_PATTERN))
     return File(path, shared=False)
 
 
@@ -133,7 +149,8 @@ KINDS = [
     # Blocks of 1 KiB, smaller than a page, as mkfs chooses for a file system of this size.
     Kind("ext4 file shared", lambda folder: File(folder / "file"), _in_file, slack=64 << 10, ext4=True),
     Kind("disk file private", lambda folder: File(folder / "file", shared=False), private_bytes),
-    Kind("disk file template", _template, private_bytes, size=TEMPLATE_SIZE),
+    Kind("disk file template", _template, private_bytes),
+    Kind("tmpfs file template", _template, private_bytes, tmpfs=True),
     Kind("anonymous hugetlb", lambda _: Anonymous(hugetlb="2M"), _hugetlb, block_size=_HUGE, huge=True),
     Kind(
         "anonymous shared hugetlb",
@@ -149,6 +166,14 @@ KINDS = [
         "hugetlbfs file private",
         lambda f: File(f / "file", shared=False),
         _hugetlb,
+        block_size=_HUGE,
+        huge=True,
+        hugetlbfs=True,
+    ),
+    Kind(
+        "hugetlbfs file template",
+        _huge_template,
+        private_huge_bytes,
         block_size=_HUGE,
         huge=True,
         hugetlbfs=True,
