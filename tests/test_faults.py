@@ -45,6 +45,9 @@ OF_STEP = {
     Step.PUNCH: FALLOCATE,
     Step.FALLOCATE: FALLOCATE,
     Step.FUTEX: FUTEX,
+    Step.LAST_PAGES: MADVISE,
+    Step.FIRST_PAGES: FALLOCATE,
+    Step.COLLAPSE: [],  # what it cannot collapse is populated with small pages
 }
 OF_CALL = {
     "reserve": "EACCES EAGAIN EBADF EINVAL ENFILE ENODEV ENOMEM EOVERFLOW EPERM ETXTBSY".split(),

@@ -141,6 +141,7 @@ KINDS = [
     # Without root its audit is a mincore of all of it: 14 s for 1 TiB.
     Kind("anonymous shared", lambda _: Anonymous(shared=True), _mapped, size=TIB if os.geteuid() == 0 else TIB >> 8),
     Kind("memfd shared", lambda _: Memfd(), _in_file),
+    Kind("memfd shared 2M", lambda _: Memfd(), _in_file, block_size=_HUGE),
     Kind("memfd private", lambda _: Memfd(shared=False), _private_and_file),
     Kind("tmpfs file shared", lambda folder: File(folder / "file"), _in_file, tmpfs=True),
     Kind("tmpfs file private", lambda folder: File(folder / "file", shared=False), _private_and_file, tmpfs=True),
