@@ -54,14 +54,14 @@ class BlockMap:
     """The state of all blocks of one region.  Thread-safe."""
 
     def __init__(self, nblocks: int, block_size: int, page_size: int, budget: Budget | None = None) -> None:
-        self._c = ffi.gc(lib.sm_blocks_new(nblocks, block_size, page_size), lib.sm_blocks_free)
-        if not self._c:
+        self.c = ffi.gc(lib.sm_blocks_new(nblocks, block_size, page_size), lib.sm_blocks_free)
+        if not self.c:
             raise ReserveError(errno.ENOMEM, f"no address space for a map of {nblocks} blocks; see ulimit -v")
         self.nblocks = nblocks
         self._block_size = block_size
         self.budget = budget
         if budget is not None:
-            lib.sm_blocks_set_budget(self._c, budget.c)
+            lib.sm_blocks_set_budget(self.c, budget.c)
 
     def adopt(self, runs: Runs) -> None:
         """Blocks that start out plugged.
@@ -69,73 +69,73 @@ class BlockMap:
         Raises:
             BackendExhaustedError: The budget does not cover them.
         """
-        if lib.sm_blocks_adopt(self._c, runs.array, runs.n) == lib.SM_BUDGET:
+        if lib.sm_blocks_adopt(self.c, runs.array, runs.n) == lib.SM_BUDGET:
             assert self.budget is not None
             self.budget.refuse(runs.total * self._block_size)
 
     def abandon(self) -> None:
         """Gives what is plugged back to the budget, for a region that goes without being closed."""
-        lib.sm_blocks_abandon(self._c)
+        lib.sm_blocks_abandon(self.c)
 
     # ---- reading -----------------------------------------------------------------------
 
     def counts(self) -> Any:
         """`plugged`, `tainted`, `busy`, `pins` and `claims`, of one moment."""
         out = ffi.new("sm_counts *")
-        lib.sm_blocks_counts(self._c, out)
+        lib.sm_blocks_counts(self.c, out)
         return out
 
     def count(self, which: Map, first: int, count: int) -> int:
         """Blocks among [first, first + count) whose bit is set."""
-        return int(lib.sm_blocks_count(self._c, which, first, count))
+        return int(lib.sm_blocks_count(self.c, which, first, count))
 
     def runs(self, which: Map, value: bool, start: int = 0, stop: int | None = None) -> Iterator[Run]:
         """Maximal ascending runs; fetched in chunks, so a snapshot only of a quiet region."""
         stop = self.nblocks if stop is None else stop
         out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
         while following[0] < stop:
-            n = lib.sm_blocks_runs(self._c, which, value, following[0], stop, out, CHUNK, following)
+            n = lib.sm_blocks_runs(self.c, which, value, following[0], stop, out, CHUNK, following)
             for run in out[0:n]:
                 yield run.first, run.count
 
     def find(self, count: int, align: int, fit: str) -> int | None:
         """A run that could be plugged now: not plugged, not busy, not tainted."""
         where = ffi.new("uint64_t *")
-        code = lib.sm_blocks_find(self._c, count, align, fit_code(fit), where)
+        code = lib.sm_blocks_find(self.c, count, align, fit_code(fit), where)
         return int(where[0]) if code == lib.SM_OK else None
 
     def plugged_buffer(self) -> memoryview:
         """The plugged bitmap, read-only and shared."""
-        return share(lib.sm_blocks_plugged(self._c), self.nblocks, self._c)
+        return share(lib.sm_blocks_plugged(self.c), self.nblocks, self.c)
 
     def check_open(self) -> None:
         """Raises what an operation would raise if the region is closed or was forked."""
-        state = lib.sm_blocks_state(self._c)
+        state = lib.sm_blocks_state(self.c)
         if state != lib.SM_OK:
             _refuse(state, 0, "use")
 
     @property
     def is_open(self) -> bool:
         """Whether it is neither closed nor a child's copy that must not be used."""
-        return bool(lib.sm_blocks_state(self._c) == lib.SM_OK)
+        return bool(lib.sm_blocks_state(self.c) == lib.SM_OK)
 
     @property
     def forked(self) -> bool:
         """Whether this is a child's copy that must not be used."""
-        return bool(lib.sm_blocks_state(self._c) == lib.SM_FORKED)
+        return bool(lib.sm_blocks_state(self.c) == lib.SM_FORKED)
 
     # ---- discarded pages -----------------------------------------------------------------
 
     def mark_pages(self, first: int, count: int, discarded: bool) -> None:
         """Remembers pages that were discarded inside plugged blocks."""
-        if lib.sm_blocks_mark_pages(self._c, first, count, discarded) == lib.SM_NOMEM:
+        if lib.sm_blocks_mark_pages(self.c, first, count, discarded) == lib.SM_NOMEM:
             raise MemoryError("no address space for the map of discarded pages")
 
     def discarded_pages(self, start: int, stop: int) -> Iterator[Run]:
         """Runs of pages discarded inside plugged blocks."""
         out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
         while following[0] < stop:
-            n = lib.sm_blocks_discarded_runs(self._c, following[0], stop, out, CHUNK, following)
+            n = lib.sm_blocks_discarded_runs(self.c, following[0], stop, out, CHUNK, following)
             for run in out[0:n]:
                 yield run.first, run.count
 
@@ -151,14 +151,18 @@ class BlockMap:
         where = ffi.new("uint64_t *")
         code = lib.SM_BUSY
         while code == lib.SM_BUSY:
-            code = lib.sm_pin_take(self._c, pin, threading.get_ident(), _WAIT_MS, where)
+            code = lib.sm_pin_take(self.c, pin, threading.get_ident(), _WAIT_MS, where)
         if code != lib.SM_OK:
             _refuse(code, where[0], "view", plugged=False)
         return pin
 
+    def watch(self, watched: bool) -> None:
+        """Whether somebody listens, so that the short way is barred; only while a claim on everything is held."""
+        lib.sm_blocks_watch(self.c, watched)
+
     def after_fork(self, *, refuse: bool) -> None:
         """In a child: taints what other threads had in hand, and closes the map if it is the parent's alone."""
-        lib.sm_blocks_after_fork(self._c, refuse, threading.get_ident())
+        lib.sm_blocks_after_fork(self.c, refuse, threading.get_ident())
 
 
 class Claim:
@@ -201,7 +205,7 @@ class Claim:
         where = ffi.new("uint64_t *")
         code = lib.SM_BUSY
         while code == lib.SM_BUSY:
-            code = lib.sm_claim_take(self._blocks._c, self._c, want, strict, threading.get_ident(), _WAIT_MS, where)
+            code = lib.sm_claim_take(self._blocks.c, self._c, want, strict, threading.get_ident(), _WAIT_MS, where)
         if code != lib.SM_OK:
             _refuse(code, where[0], _VERBS[want], plugged=want is Want.TO_PLUGGED)
 
@@ -210,7 +214,7 @@ class Claim:
         code = lib.SM_BUSY
         while code == lib.SM_BUSY:
             code = lib.sm_claim_take_fit(
-                self._blocks._c, self._c, count, align, fit_code(fit), threading.get_ident(), _WAIT_MS
+                self._blocks.c, self._c, count, align, fit_code(fit), threading.get_ident(), _WAIT_MS
             )
         if code == lib.SM_NOFIT:
             return None

@@ -80,6 +80,18 @@ class Control:
 UNWATCHED = Control()
 
 
+def prepared(mapping: Mapping, operation: str, shift: int) -> Any:
+    """A job that lacks only its runs, in units of `1 << shift` bytes."""
+    job = ffi.new("sm_job *")
+    job.shift = shift
+    # A chunk is a multiple of every page size, huge ones included: the
+    # reset of one must not split what the one before has populated.
+    chunk = DISCARD_CHUNK if operation == "discard" else POPULATE_CHUNK
+    job.chunk = max(chunk, mapping.granule)
+    mapping.prepare(job, operation)
+    return job
+
+
 class Work:
     """One pass of an operation over runs; can be stopped and taken up again anywhere.
 
@@ -103,13 +115,8 @@ class Work:
         self._futures: list[Future[None]] = []
         self.failed: list[Run] = []
         """Byte runs that `run_through` has skipped."""
-        job = self._job = ffi.new("sm_job *")
-        job.runs, job.nruns, job.shift = runs.array, runs.n, shift
-        # A chunk is a multiple of every page size, huge ones included: the
-        # reset of one must not split what the one before has populated.
-        chunk = DISCARD_CHUNK if operation == "discard" else POPULATE_CHUNK
-        job.chunk = max(chunk, mapping.granule)
-        mapping.prepare(job, operation)
+        job = self._job = prepared(mapping, operation, shift)
+        job.runs, job.nruns = runs.array, runs.n
         self._crew: Any = None
         self._parts = [job]
         if threads > 1:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 
 from attrs import frozen
 
+from sparsemem._sys import ffi
 from sparsemem.backends.base import Limit
 from sparsemem.errors import BackendExhaustedError
 from sparsemem.units import exact_size
 
 HEADROOM = ("check", "off")
-_MAX_AGE_S = 0.1
+_MAX_AGE_NS = 100_000_000
 
 
 @frozen(kw_only=True)
@@ -51,10 +52,8 @@ class Gauge:
 
     def __init__(self, limits: Callable[[], Iterable[Limit]], mode: str) -> None:
         self._limits = limits
-        self._off = mode == "off"
-        self._left = 0
-        self._floor = 1
-        self._expires = 0.0
+        # Shared with the short way (`quick`), which spends in C.
+        self.c = ffi.new("sm_gauge *", {"left": 0, "floor": 1, "expires_ns": 0, "off": mode == "off"})
 
     def spend(self, size: int) -> None:
         """Counts on `size` bytes.
@@ -62,14 +61,15 @@ class Gauge:
         Raises:
             BackendExhaustedError: There are not that many; names the limit.
         """
-        if self._off:
+        c = self.c
+        if c.off:
             return
-        now = time.monotonic()
-        if self._left - size < self._floor or now > self._expires:
+        now = time.monotonic_ns()
+        if c.left - size < c.floor or now > c.expires_ns:
             headroom = read(self._limits())
             if headroom.binding is None:
                 # Nothing to watch: look again later, in case a limit comes up.
-                self._left, self._floor, self._expires = 1 << 62, 0, now + _MAX_AGE_S
+                c.left, c.floor, c.expires_ns = 1 << 62, 0, now + _MAX_AGE_NS
                 return
             limit = headroom.binding
             if size > limit.available:
@@ -79,9 +79,9 @@ class Gauge:
                     f"that are left ({limit.cause.value}: {limit.source})",
                     cause=limit.cause,
                 )
-            self._left, self._floor = limit.available, limit.available // 2
-            self._expires = now + _MAX_AGE_S
-        self._left -= size
+            c.left, c.floor = limit.available, limit.available // 2
+            c.expires_ns = now + _MAX_AGE_NS
+        c.left -= size
 
     def forget(self) -> None:
         """The reading is worth nothing any more: a plug within it failed.
@@ -89,7 +89,7 @@ class Gauge:
         Memory that is given back needs no new reading, since there is always one
         before anything is refused.
         """
-        self._expires = 0.0
+        self.c.expires_ns = 0
 
 
 def check_mode(mode: str) -> str:

@@ -32,6 +32,7 @@ from sparsemem.errors import (
 )
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Announcement, Listener
+from sparsemem.quick import Quick, QuickFailedError
 from sparsemem.runs import EMPTY, Runs, clip, join, single, subtract, to_blocks
 from sparsemem.statistics import Tally
 from sparsemem.units import exact_size
@@ -51,9 +52,21 @@ class Core:
     threads: int | None = None
     listeners: tuple[Listener, ...] = ()
     shift: int = field(init=False)
+    quick: Quick | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         self.shift = self.block_size.bit_length() - 1
+        if self.mapping.direct:
+            self.quick = Quick(self.mapping, self.blocks, self.gauge, self.shift)
+
+    def listen(self, listeners: tuple[Listener, ...]) -> None:
+        """Sets who listens; only while a claim on everything is held."""
+        self.listeners = listeners
+        self.blocks.watch(bool(listeners))
+
+    def counts(self) -> dict[str, float]:
+        """What was done on both ways."""
+        return self.tally.with_those(self.quick.counts if self.quick is not None else {})
 
     def work(self, operation: str, runs: Runs) -> Work:
         """The work of an operation on blocks, cut into parts for as many threads as it is worth."""
@@ -101,6 +114,37 @@ def execute(operation: Operation) -> int:
         operation.undo(None)
 
 
+def plug_at_once(core: Core, first: int, count: int) -> bool:
+    """The short way of a plug; False if nothing has changed.
+
+    Raises:
+        PopulateError: It failed, and so did giving back what was populated.
+    """
+    try:
+        return core.quick is not None and core.quick.plug(first, count)
+    except QuickFailedError as failure:
+        core.gauge.forget()
+        core.tally.failed(rolled_back=True)
+        error = populate_error(core, failure.errno, first << core.shift, 0)
+        error.rolled_back = False
+        raise error from None
+
+
+def unplug_at_once(core: Core, first: int, count: int) -> bool:
+    """The short way of an unplug; False if nothing has changed.
+
+    Raises:
+        DiscardError: It failed; the blocks are tainted.
+    """
+    try:
+        return core.quick is not None and core.quick.unplug(first, count)
+    except QuickFailedError as failure:
+        core.tally.failed(rolled_back=False)
+        error = discard_error(failure.errno, first)
+        error.tainted = ((first, count),)
+        raise error from None
+
+
 class Plug(Operation):
     """claim -> headroom -> populate -> listeners -> commit, and all of it or nothing."""
 
@@ -146,7 +190,7 @@ class Plug(Operation):
         try:
             self._work.run(self._control)
         except StepFailedError as failure:
-            raise self._explain(failure) from None
+            raise populate_error(core, failure.errno, failure.offset, self._work.bytes) from None
         # Only now: a listener may use the memory at once.
         self._announcement = Announcement(core.listeners, "on_plug", new if core.listeners else ())
         self._announcement.tell()
@@ -178,18 +222,28 @@ class Plug(Operation):
         if tainted.n:
             _log.debug("rollback left tainted blocks %r", list(tainted))
 
-    def _explain(self, failure: StepFailedError) -> PopulateError:
-        assert self._work is not None
-        cause = self.core.mapping.diagnose(failure.errno, failure.offset)
-        make = BackendExhaustedError if cause.exhausted else PopulateError
-        return make(
-            failure.errno,
-            f"cannot populate block {failure.offset >> self.core.shift}: {cause.value} "
-            f"({os.strerror(failure.errno)} after {exact_size(self._work.bytes)})",
-            offset=failure.offset,
-            populated=self._work.bytes,
-            cause=cause,
-        )
+
+def populate_error(core: Core, errno: int, offset: int, populated: int) -> PopulateError:
+    """The error of a plug that failed at an offset, after so many bytes."""
+    cause = core.mapping.diagnose(errno, offset)
+    make = BackendExhaustedError if cause.exhausted else PopulateError
+    return make(
+        errno,
+        f"cannot populate block {offset >> core.shift}: {cause.value} "
+        f"({os.strerror(errno)} after {exact_size(populated)})",
+        offset=offset,
+        populated=populated,
+        cause=cause,
+    )
+
+
+def discard_error(errno: int, block: int) -> DiscardError:
+    """The error of an unplug that failed on a block."""
+    return DiscardError(
+        errno,
+        f"cannot discard block {block}: {os.strerror(errno)}; "
+        "what was discarded before is unplugged, the blocks that it failed on are tainted",
+    )
 
 
 class Unplug(Operation):
@@ -238,11 +292,7 @@ class Unplug(Operation):
         try:
             self._work.run(self._control)
         except StepFailedError as failure:
-            raise DiscardError(
-                failure.errno,
-                f"cannot discard block {failure.offset >> core.shift}: {os.strerror(failure.errno)}; "
-                "what was discarded before is unplugged, the blocks that it failed on are tainted",
-            ) from None
+            raise discard_error(failure.errno, failure.offset >> core.shift) from None
         changed = claim.finish(unplugged=self._victims, healed=self._victims)
         core.tally.unplugged(changed << core.shift, self._work.calls, time.monotonic() - started)
         return changed
@@ -401,7 +451,7 @@ class Whole(Operation):
             return
         if self._before is not None:
             # An interrupt may have come between the commit and the end of the claim.
-            self.core.listeners = self._before
+            self.core.listen(self._before)
         if self._announcement is not None:
             self._announcement.take_back()
         self.claim.finish()
@@ -417,7 +467,7 @@ class Join(Whole):
     def commit(self) -> None:
         if any(known is self._listener for known in self.core.listeners):
             raise ValueError(f"{self._listener!r} is registered already")  # another thread was faster
-        self.core.listeners = (*self.core.listeners, self._listener)
+        self.core.listen((*self.core.listeners, self._listener))
 
 
 class Leave(Whole):
@@ -429,7 +479,7 @@ class Leave(Whole):
 
     def commit(self) -> None:
         # By identity: listeners that compare equal are still two.
-        self.core.listeners = tuple(known for known in self.core.listeners if known is not self._listener)
+        self.core.listen(tuple(known for known in self.core.listeners if known is not self._listener))
 
 
 def require_discard(mapping: Mapping) -> None:

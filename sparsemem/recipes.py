@@ -30,6 +30,9 @@ class Step(enum.Enum):
     LAST_PAGES = "madvise(MADV_POPULATE_WRITE) on the last small page of each huge page"
     FIRST_PAGES = "fallocate(FALLOC_FL_KEEP_SIZE) of the first small page of each huge page"
     COLLAPSE = "madvise(MADV_COLLAPSE)"
+    UFFD_COPY = "ioctl(UFFDIO_COPY) of zeroes"
+    UFFD_ZEROPAGE = "ioctl(UFFDIO_ZEROPAGE)"
+    TOUCH = "readv(/dev/zero) of one byte into each page"
     FUTEX = "futex(FUTEX_WAKE_OP) on each page"
     ZERO = "memset to zero"
 
@@ -111,24 +114,43 @@ class Recipe:
 
     def again(self, strategy: str) -> tuple[Step, ...]:
         """The steps that populate a part of a block, perhaps a small one, and keep what is there."""
+        if strategy == TOUCH:
+            return self.faults[FUTEX]
         return self.faults[strategy if strategy in self.faults else POPULATE_WRITE]
 
 
 POPULATE_WRITE = "populate_write"
 FALLOCATE = "fallocate"
 COLLAPSE = "collapse"
+UFFD_COPY = "uffd_copy"
+UFFD_ZEROPAGE = "uffd_zeropage"
+TOUCH = "touch"
 FUTEX = "futex"
-STRATEGIES = ("auto", POPULATE_WRITE, FALLOCATE, COLLAPSE, FUTEX)
+STRATEGIES = ("auto", POPULATE_WRITE, FALLOCATE, COLLAPSE, UFFD_COPY, UFFD_ZEROPAGE, TOUCH, FUTEX)
 """The ways of populating, by name; each kind of mapping has some of them.
 
-`auto` is the best of them that works.  populate_write: MADV_POPULATE_WRITE.
+`auto` is the fastest of them that works.  populate_write: MADV_POPULATE_WRITE.
 fallocate: the file's pages first, with an errno of their own.  collapse: huge pages
-in an ordinary memfd or tmpfs file.  futex: for kernels without MADV_POPULATE_WRITE.
+in an ordinary memfd or tmpfs file.  uffd_copy and uffd_zeropage: small pages filled
+through userfaultfd, without a fault each.  touch: a byte written to each page, to
+compare with.  futex: for kernels without MADV_POPULATE_WRITE.
 """
+
+FASTEST = {
+    True: (COLLAPSE, POPULATE_WRITE, FUTEX),
+    False: (UFFD_ZEROPAGE, UFFD_COPY, POPULATE_WRITE, FUTEX),
+}
+"""What `auto` tries, for huge pages or not; measured (benchmarks/RESULTS.md)."""
 
 _LAST_FIRST = {POPULATE_WRITE: (Step.LAST_PAGES, Step.POPULATE_WRITE)}
 
-_TOUCH = {POPULATE_WRITE: (Step.POPULATE_WRITE,), FUTEX: (Step.FUTEX,)}
+_FAULT = {POPULATE_WRITE: (Step.POPULATE_WRITE,), TOUCH: (Step.TOUCH,), FUTEX: (Step.FUTEX,)}
+
+# Without touch, which leaves a zero in each page.
+_KEEP = {POPULATE_WRITE: (Step.POPULATE_WRITE,), FUTEX: (Step.FUTEX,)}
+
+_FILL = {UFFD_COPY: (Step.UFFD_COPY,), **_FAULT}
+_FILL_SHMEM = {UFFD_ZEROPAGE: (Step.UFFD_ZEROPAGE,), **_FILL}
 
 # fallocate first: it has an errno of its own (ENOSPC) where a fault has only
 # EFAULT.  Never on a private mapping: it would pay for pages that the private
@@ -137,6 +159,7 @@ _TOUCH = {POPULATE_WRITE: (Step.POPULATE_WRITE,), FUTEX: (Step.FUTEX,)}
 _ALLOCATE = {
     POPULATE_WRITE: (Step.POPULATE_WRITE,),
     FALLOCATE: (Step.FALLOCATE, Step.POPULATE_WRITE),
+    TOUCH: (Step.FALLOCATE, Step.TOUCH),
     FUTEX: (Step.FALLOCATE, Step.FUTEX),
 }
 
@@ -148,8 +171,11 @@ _COLLAPSE = {COLLAPSE: (Step.FIRST_PAGES, Step.COLLAPSE, Step.POPULATE_WRITE), *
 # it: double memory.  Punching the file afterwards leaves the copy alone.
 _ONCE = {
     POPULATE_WRITE: (Step.POPULATE_WRITE, Step.PUNCH),
+    TOUCH: (Step.TOUCH, Step.PUNCH),
     FUTEX: (Step.FUTEX, Step.PUNCH),
 }
+# UFFDIO_COPY fills in private pages alone; what it cannot do is populated the other way.
+_ONCE_FILLED = {UFFD_COPY: (Step.UFFD_COPY, Step.PUNCH), **_ONCE}
 
 # A discard walks the page tables of what it covers, at about 0.4 us a MiB of nothing;
 # beyond that a range of its own in a vectored call is cheaper (measured: 1 MiB gaps
@@ -161,37 +187,39 @@ _PUNCH_FILE_AND_COPY = (Step.PUNCH, Step.DONTNEED)
 
 RECIPES: Mapping[Kind, Recipe] = {
     Kind.ANONYMOUS_PRIVATE: Recipe(
-        _TOUCH, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.WIPED, bridge=_WALK, huge=_LAST_FIRST
+        _FILL, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.WIPED, bridge=_WALK, huge=_LAST_FIRST
     ),
     # No descriptor to punch, and DONTNEED only drops the page tables.
-    Kind.ANONYMOUS_SHARED: Recipe(_TOUCH, (Step.REMOVE,), Evidence.PAGE_CACHE, Inheritance.SHARED, huge=_LAST_FIRST),
+    Kind.ANONYMOUS_SHARED: Recipe(
+        _FILL_SHMEM, (Step.REMOVE,), Evidence.PAGE_CACHE, Inheritance.SHARED, huge=_LAST_FIRST
+    ),
     # WIPEONFORK is EINVAL on hugetlb; a NORESERVE parent could SIGBUS on its
     # own write after a fork, so the child gets nothing.
     Kind.ANONYMOUS_HUGETLB: Recipe(
-        _TOUCH, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST
+        _FAULT, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST
     ),
     # No descriptor either; and as with a hugetlb file, only mapped pages can be seen.
     Kind.ANONYMOUS_HUGETLB_SHARED: Recipe(
-        _TOUCH, (Step.REMOVE,), Evidence.MAPPED_PAGES, Inheritance.SHARED, huge=_LAST_FIRST
+        _FAULT, (Step.REMOVE,), Evidence.MAPPED_PAGES, Inheritance.SHARED, huge=_LAST_FIRST
     ),
     Kind.SHMEM_SHARED: Recipe(
-        _TOUCH,
+        _FILL_SHMEM,
         (Step.PUNCH,),
         Evidence.FILE_DATA,
         Inheritance.SHARED,
         bridge=_ALWAYS,
         huge=_COLLAPSE,
     ),
-    Kind.SHMEM_PRIVATE: Recipe(_ONCE, _PUNCH_FILE_AND_COPY, Evidence.PRIVATE_PAGES, Inheritance.ABSENT),
+    Kind.SHMEM_PRIVATE: Recipe(_ONCE_FILLED, _PUNCH_FILE_AND_COPY, Evidence.PRIVATE_PAGES, Inheritance.ABSENT),
     Kind.HUGETLB_SHARED: Recipe(_ALLOCATE, (Step.PUNCH,), Evidence.MAPPED_PAGES, Inheritance.SHARED, huge=_LAST_FIRST),
     # Populated once by nature: a private hugetlb fault allocates no file page.
     Kind.HUGETLB_PRIVATE: Recipe(
-        _TOUCH, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST
+        _FAULT, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST
     ),
     Kind.DISK_SHARED: Recipe(_ALLOCATE, (Step.PUNCH,), Evidence.FILE_EXTENTS, Inheritance.SHARED),
-    Kind.DISK_PRIVATE: Recipe(_TOUCH, _PUNCH_FILE_AND_COPY, Evidence.PRIVATE_PAGES, Inheritance.ABSENT),
+    Kind.DISK_PRIVATE: Recipe(_FAULT, _PUNCH_FILE_AND_COPY, Evidence.PRIVATE_PAGES, Inheritance.ABSENT),
     # Never punched, never fallocated: the file is somebody's data.
-    Kind.TEMPLATE: Recipe(_TOUCH, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, fresh="file"),
+    Kind.TEMPLATE: Recipe(_KEEP, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, fresh="file"),
     # POPULATE_WRITE is EINVAL and nothing discards; what cannot be reset
     # beforehand is zeroed afterwards.
     Kind.SECRET: Recipe({FUTEX: (Step.FUTEX,)}, (), Evidence.NONE, Inheritance.SHARED, cleanse=(Step.ZERO,)),

@@ -38,7 +38,20 @@ from sparsemem.geometry import check_block_size, check_name, check_size, check_t
 from sparsemem.headroom import Gauge, Headroom, check_mode
 from sparsemem.headroom import read as _read_headroom
 from sparsemem.listeners import Listener
-from sparsemem.operations import Core, Inner, Join, Leave, Plug, Unplug, Whole, execute, require_discard, resize
+from sparsemem.operations import (
+    Core,
+    Inner,
+    Join,
+    Leave,
+    Plug,
+    Unplug,
+    Whole,
+    execute,
+    plug_at_once,
+    require_discard,
+    resize,
+    unplug_at_once,
+)
 from sparsemem.runs import Runs, RunsInput, collect, index_of, single, subtract
 from sparsemem.statistics import Stats, Tally
 from sparsemem.units import Size, exact_size, parse_size
@@ -390,7 +403,10 @@ class Region:
             ListenerVetoError: A listener refused.
             RegionClosedError: It is closed.
         """
-        return self._plug(single(first, count, self.nblocks), exist_ok, _control(progress, cancel, deadline))
+        control = _control(progress, cancel, deadline)
+        if control is UNWATCHED and plug_at_once(self._core, first, count):
+            return count
+        return self._plug(single(first, count, self.nblocks), exist_ok, control)
 
     def plug_runs(
         self,
@@ -479,7 +495,10 @@ class Region:
             UnsupportedError: The backend cannot give memory back.
             RegionClosedError: It is closed.
         """
-        return self._unplug(single(first, count, self.nblocks), missing_ok, _control(progress, cancel, deadline))
+        control = _control(progress, cancel, deadline)
+        if control is UNWATCHED and unplug_at_once(self._core, first, count):
+            return count
+        return self._unplug(single(first, count, self.nblocks), missing_ok, control)
 
     def unplug_runs(
         self,
@@ -690,7 +709,7 @@ class Region:
             busy_size=counts.busy * block,
             views=counts.pins,
             strategy=self._mapping.strategy,
-            **self._core.tally.counts,  # type: ignore[arg-type]
+            **self._core.counts(),  # type: ignore[arg-type]
         )
 
     def audit(self) -> Audit:

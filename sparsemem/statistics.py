@@ -66,6 +66,11 @@ class Tally:
             0,
         )
 
+    def with_those(self, others: dict[str, float]) -> dict[str, float]:
+        """The counts, and what somebody else has counted."""
+        with self._lock:
+            return {name: count + others.get(name, 0) for name, count in self.counts.items()}
+
     def plugged(self, size: int, calls: int, seconds: float) -> None:
         """Counts a plug that succeeded."""
         self._add(plugs=1, plugged_bytes=size, system_calls=calls, seconds=seconds)

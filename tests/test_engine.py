@@ -119,7 +119,7 @@ def _watch(region: Region, used: set[int]) -> None:
 def test_the_first_error_of_any_thread_stops_all_and_all_is_rolled_back(
     nth: int, after: int, eager: None, inject: Injector
 ) -> None:
-    with Region("1G", block_size=BLOCK, backend=Memfd(thp=False), threads=3) as region:
+    with Region("1G", block_size=BLOCK, backend=Memfd(thp=False, strategy="populate_write"), threads=3) as region:
         region.plug(0)
         with region.view(0) as view:
             view[:] = b"\7" * BLOCK
@@ -349,7 +349,7 @@ def test_scattered_blocks_take_few_system_calls() -> None:
 @pytest.mark.parametrize("nth", [1, 2, 4])
 @pytest.mark.parametrize("after", [0, 4096, 4096 * 37])
 def test_a_vectored_populate_that_fails_says_how_far_it_came(nth: int, after: int, inject: Injector) -> None:
-    with Region("1G", block_size=4096, backend=Anonymous()) as region:
+    with Region("1G", block_size=4096, backend=Anonymous(strategy="populate_write")) as region:
         region.plug(5001)
         inject.step(Step.POPULATE_WRITE, errno=errno.ENOMEM, nth=nth, after=after)
         with pytest.raises(PopulateError) as caught:

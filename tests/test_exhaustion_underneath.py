@@ -18,6 +18,7 @@ from sparsemem.backends import Backend
 from tests.support import accounting
 from tests.support.children import run_child
 from tests.support.kinds import private_bytes
+from tests.support.resources import need_root
 
 BLOCK = 64 << 10
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -182,6 +183,7 @@ def test_the_commit_limit_ends_a_plug_of_shared_memory(
 
 def test_locked_shared_memory_is_given_back_and_stays_locked() -> None:
     """MADV_REMOVE is EINVAL on it, so it has to be unlocked for that."""
+    need_root("to lock memory without a limit")
 
     def child() -> tuple[int, int, bool]:
         with Region("64M", block_size=BLOCK, backend=Anonymous(shared=True)) as region:

@@ -13,6 +13,7 @@ import pytest
 
 import sparsemem
 from sparsemem import (
+    Anonymous,
     BackendExhaustedError,
     Budget,
     Cause,
@@ -101,9 +102,9 @@ def test_a_file_that_was_made_goes_if_the_blocks_that_start_plugged_cannot_be_ha
 def test_the_budget_has_its_share_back_at_once(inject: Injector) -> None:
     """While the error is still being handled, too: that is when somebody would try again with less."""
     budget = Budget("1M")
-    inject.step(Step.POPULATE_WRITE, errno=errno.EFAULT, after=4096)
+    inject.step(Step.UFFD_COPY, errno=errno.EFAULT, after=4096)
     with pytest.raises(PopulateError) as populate:
-        Region("1M", block_size=BLOCK, budget=budget, plugged=[(0, 4)])
+        Region("1M", block_size=BLOCK, backend=Anonymous(strategy="uffd_copy"), budget=budget, plugged=[(0, 4)])
     assert populate.value.errno == errno.EFAULT
     assert budget.used == 0
     with pytest.raises(BackendExhaustedError, match="256K is more than the 64K that are left") as caught:

@@ -38,6 +38,9 @@ from tests.support.kinds import KINDS, Kind, Made, make, need_disk
 MADVISE = "EACCES EAGAIN EBADF EFAULT EHWPOISON EINVAL EIO ENOMEM EPERM EBUSY".split()
 FALLOCATE = "EBADF EFBIG EINVAL EIO ENODEV ENOSPC EOPNOTSUPP EPERM ESPIPE ETXTBSY EDQUOT ENOSYS".split()
 FUTEX = "EFAULT EACCES EINVAL ENOSYS EAGAIN".split()
+# What the step gives where neither userfaultfd nor the populate that takes over can do it.
+UFFD = sorted({*MADVISE, *"EAGAIN EEXIST EFAULT EINVAL ENOENT ENOSPC ESRCH".split()})
+READV = "EAGAIN EBADF EFAULT EINVAL EIO EISDIR EMFILE ENFILE ENOENT ENOMEM".split()
 OF_STEP = {
     Step.DONTNEED: MADVISE,
     Step.REMOVE: MADVISE,
@@ -47,6 +50,9 @@ OF_STEP = {
     Step.FUTEX: FUTEX,
     Step.LAST_PAGES: MADVISE,
     Step.FIRST_PAGES: FALLOCATE,
+    Step.UFFD_COPY: UFFD,
+    Step.UFFD_ZEROPAGE: UFFD,
+    Step.TOUCH: READV,
     Step.COLLAPSE: [],  # what it cannot collapse is populated with small pages
 }
 OF_CALL = {
@@ -265,7 +271,7 @@ def test_a_failed_unplug_stops_and_says_exactly_what_happened(
 
 
 def test_a_failed_discard_inside_a_block_keeps_the_block(inject: Injector) -> None:
-    with Region("16M", block_size="64K", backend=Memfd()) as region:
+    with Region("16M", block_size="64K", backend=Memfd(strategy="populate_write")) as region:
         region.plug(0, 2)
         inject.step(Step.PUNCH, errno=errno.EIO)
         with pytest.raises(DiscardError):
@@ -280,7 +286,7 @@ def test_a_failed_discard_inside_a_block_keeps_the_block(inject: Injector) -> No
 
 
 def test_a_populate_that_fails_in_a_later_chunk_is_rolled_back_whole(inject: Injector) -> None:
-    with Region("1G", block_size="16M", backend=Memfd(thp=False)) as region:
+    with Region("1G", block_size="16M", backend=Memfd(thp=False, strategy="populate_write")) as region:
         inject.step(Step.POPULATE_WRITE, errno=errno.EFAULT, nth=12, after=1 << 20)
         with pytest.raises(PopulateError) as caught:
             region.plug(0, 2)
@@ -423,7 +429,7 @@ def test_a_secret_that_the_kernel_does_not_have_is_unsupported(inject: Injector)
 
 
 def test_an_error_of_a_plug_names_the_block_the_cause_and_the_errno(inject: Injector) -> None:
-    with Region("64M", block_size="64K") as region:
+    with Region("64M", block_size="64K", backend=Anonymous(strategy="populate_write")) as region:
         inject.step(Step.POPULATE_WRITE, errno=number("EHWPOISON"), nth=1)
         with pytest.raises(PopulateError, match=r"block 5.*poisoned") as caught:
             region.plug(5)

@@ -249,7 +249,7 @@ class Limits:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that a gauge sees."""
     now = [100.0]
-    monkeypatch.setattr(headroom_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(headroom_module, "time", SimpleNamespace(monotonic_ns=lambda: int(now[0] * 1e9)))
     return now
 
 

@@ -170,6 +170,7 @@ LAYERS = [
     {"survey"},
     {"region"},
     {"operations", "fork"},
+    {"quick"},
     {"audit", "views", "listeners", "headroom", "engine", "statistics"},
     {"blocks", "geometry", "workers"},
     {"budget", "backends"},

@@ -123,7 +123,13 @@ def test_a_region_that_is_dropped_or_cannot_be_made_gives_its_budget_back(inject
     assert budget.used == 0
     inject.step(Step.POPULATE_WRITE, errno=errno.EIO)
     with pytest.raises(OSError, match="Input/output"):
-        Region("8M", block_size=BLOCK, budget=budget, plugged=[(0, 4)])
+        Region(
+            "8M",
+            block_size=BLOCK,
+            backend=Anonymous(strategy="populate_write"),
+            budget=budget,
+            plugged=[(0, 4)],
+        )
     assert budget.used == 0
     with pytest.raises(BackendExhaustedError, match="9M is more than the 8M"):
         Region("16M", block_size="1M", budget=budget, plugged=[(0, 9)])

@@ -42,6 +42,8 @@ class Calls(Protocol):
     def open_flags(self, fd: int) -> int: ...
     def seals(self, fd: int) -> int: ...
     def add_seals(self, fd: int, seals: int) -> None: ...
+    def userfaultfd(self, out: Any) -> None: ...
+    def register(self, uffd: Any, address: int, length: int) -> int: ...
     def can_vector(self) -> bool: ...
     def advance(self, job: Any, budget_ns: int) -> int: ...
 
@@ -128,6 +130,14 @@ class Kernel:
 
     def add_seals(self, fd: int, seals: int) -> None:
         fcntl.fcntl(fd, lib.F_ADD_SEALS, seals)
+
+    def userfaultfd(self, out: Any) -> None:
+        """Opens one, and what it needs, into an `sm_uffd`."""
+        check(lib.sm_uffd_open(out))
+
+    def register(self, uffd: Any, address: int, length: int) -> int:
+        """Registers a range with it; the mask of what may be done there."""
+        return check(lib.sm_uffd_register(uffd, address, length))
 
     def can_vector(self) -> bool:
         """Whether process_madvise(2) works on ourselves; tried on pages of its own."""

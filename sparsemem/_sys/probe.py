@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from sparsemem._sys import ffi, lib
+from sparsemem._sys import ffi, lib, uffd
 from sparsemem._sys.calls import Calls, check
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem._sys.residency import page_cache, private_scan
@@ -87,6 +87,36 @@ def collapse(calls: Calls) -> bool:
             calls.unmap(address, huge)
         if fd is not None:
             calls.close(fd)
+
+
+def _fills(calls: Calls, way: int, flags: int) -> bool:
+    address = calls.reserve(PAGE_SIZE, PAGE_SIZE, flags, -1, writable=True, locked=False)
+    try:
+        return way in uffd.shared(calls).register(address, PAGE_SIZE)
+    except OSError as error:
+        if error.errno in _REFUSALS:
+            return False
+        raise
+    finally:
+        calls.unmap(address, PAGE_SIZE)
+
+
+@_remembered
+def uffd_copy(calls: Calls) -> bool:
+    """Whether private memory can be filled with UFFDIO_COPY (userfaultfd for all users: Linux 5.11)."""
+    return _fills(calls, uffd.COPY, _PRIVATE)
+
+
+@_remembered
+def uffd_move(calls: Calls) -> bool:
+    """Whether pages can be moved with UFFDIO_MOVE (Linux 6.8)."""
+    return _fills(calls, uffd.MOVE, _PRIVATE)
+
+
+@_remembered
+def uffd_shmem(calls: Calls) -> bool:
+    """Whether shared memory can be filled with UFFDIO_ZEROPAGE and UFFDIO_COPY (as we register it: Linux 5.19)."""
+    return _fills(calls, uffd.ZEROPAGE, lib.MAP_SHARED | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE)
 
 
 @_remembered

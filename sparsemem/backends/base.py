@@ -115,6 +115,9 @@ class Mapping(abc.ABC):
 
     can_discard: bool = True
     fork_inherits: bool = False
+    direct: bool = False
+    """Whether prepared jobs can be worked on in C alone, and what was begun be discarded."""
+
     parallel: bool = False
     """Whether several threads at once are any faster."""
 

@@ -17,21 +17,38 @@ from typing import Any
 from attrs import frozen
 
 from sparsemem._sys import calls as _calls
-from sparsemem._sys import ffi, lib, probe, residency
+from sparsemem._sys import ffi, lib, probe, residency, uffd
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem._sys.inheritance import keep_place
+from sparsemem._sys.uffd import Userfaultfd
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
-from sparsemem.recipes import COLLAPSE, FUTEX, POPULATE_WRITE, RECIPES, STRATEGIES, Evidence, Inheritance, Kind, Step
+from sparsemem.recipes import (
+    COLLAPSE,
+    FASTEST,
+    FUTEX,
+    POPULATE_WRITE,
+    RECIPES,
+    STRATEGIES,
+    TOUCH,
+    UFFD_COPY,
+    UFFD_ZEROPAGE,
+    Evidence,
+    Inheritance,
+    Kind,
+    Step,
+)
 from sparsemem.units import exact_size
 
 _log = logging.getLogger("sparsemem")
 
 STEP_CODES = {step: getattr(lib, f"SM_STEP_{step.name}") for step in Step}
 
+
+_UFFD = (UFFD_COPY, UFFD_ZEROPAGE)
 
 _NO_TOTAL = (Kind.TEMPLATE, Kind.SECRET, Kind.DISK_SHARED, Kind.DISK_PRIVATE)
 
@@ -112,19 +129,30 @@ def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool) -> str
     """
     possible = RECIPES[kind].ways(huge=huge)
     if wanted == "auto":
-        if POPULATE_WRITE not in possible or not probe.populate_write(calls):
-            return FUTEX
-        return COLLAPSE if COLLAPSE in possible and probe.collapse(calls) else POPULATE_WRITE
+        return next(way for way in FASTEST[huge] if way in possible and not _missing(way, kind, calls))
     if wanted not in possible:
         pages = "huge" if huge else "small"
         raise UnsupportedError(
             f"strategy {wanted!r} does not work on {kind.value} with {pages} pages: only {', '.join(possible)}"
         )
-    if wanted != FUTEX and not probe.populate_write(calls):
-        raise UnsupportedError("this kernel has no MADV_POPULATE_WRITE (Linux 5.14); strategy='futex' works")
-    if wanted == COLLAPSE and not probe.collapse(calls):
-        raise UnsupportedError("MADV_COLLAPSE does not make huge pages of shared memory here (Linux 6.1)")
+    missing = _missing(wanted, kind, calls)
+    if missing:
+        raise UnsupportedError(f"strategy {wanted!r} does not work here: {missing}")
     return wanted
+
+
+def _missing(strategy: str, kind: Kind, calls: Calls) -> str:
+    """What the kernel lacks for a strategy, or ""."""
+    if strategy in (FUTEX, TOUCH):
+        return ""
+    if not probe.populate_write(calls):
+        return "this kernel has no MADV_POPULATE_WRITE (Linux 5.14); strategy='futex' works"
+    if strategy == COLLAPSE and not probe.collapse(calls):
+        return "MADV_COLLAPSE does not make huge pages of shared memory (Linux 6.1; not with shmem_enabled=deny)"
+    if strategy in _UFFD:
+        fills = probe.uffd_copy if kind is Kind.ANONYMOUS_PRIVATE else probe.uffd_shmem
+        return "" if fills(calls) else "no userfaultfd that fills such memory may be had (Linux 5.11 and 5.19)"
+    return ""
 
 
 class KernelMapping(Mapping):
@@ -142,6 +170,8 @@ class KernelMapping(Mapping):
         self.can_discard = bool(self.recipe.discard)
         self.bridge = self.recipe.bridge
         self.fork_inherits = request.fork == "inherit"
+        # Not where something stands in the kernel's place: that must see every call.
+        self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
         self._vectored = self.page_size == PAGE_SIZE and probe.vectored(self._calls)
         self._fd = area.fd
         self._unlink = area.unlink
@@ -158,6 +188,7 @@ class KernelMapping(Mapping):
             raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
         self._map(area, request, align)
         try:
+            self._register(strategy)
             self._advise(request)
             self._surroundings = Surroundings(self._calls, files, area.kind, area.page_size, area.fd, self.size)
             self._adopt(area, request)
@@ -231,6 +262,19 @@ class KernelMapping(Mapping):
         unmap = partial(_unmap, self._calls, address, request.size)
         self._owner: Any = ffi.gc(ffi.cast("char *", address), unmap)
 
+    def _register(self, strategy: str) -> None:
+        """Lets userfaultfd fill the memory, which somebody else's may have by now."""
+        self._uffd: Userfaultfd | None = None
+        if self.strategy not in _UFFD:
+            return
+        try:
+            self._uffd = uffd.shared(self._calls)
+            self._uffd.register(self._address, self.size)
+        except OSError as error:
+            if strategy != "auto":
+                raise ReserveError(error.errno, f"userfaultfd refuses the mapping: {error.strerror}") from error
+            self._uffd, self.strategy = None, POPULATE_WRITE
+
     def _advise(self, request: Request) -> None:
         """Options of the whole mapping; for single blocks they would split it into many."""
         if self.thp is not None:
@@ -282,6 +326,7 @@ class KernelMapping(Mapping):
         job.page = self.page_size
         job.huge = self.granule
         job.vectored = self._vectored
+        job.uffd = ffi.NULL if self._uffd is None else self._uffd.c
         job.nsteps = len(steps)
         for i, step in enumerate(steps):
             job.steps[i] = STEP_CODES[step]
@@ -344,7 +389,7 @@ class KernelMapping(Mapping):
         self.close()
 
     def close(self) -> None:
-        self._owner = None
+        self._owner = self._uffd = None
         self._surroundings = None  # the kernel's files close with the last who holds them
         if self._unlink is not None:
             own, self._unlink = self._unlink, None

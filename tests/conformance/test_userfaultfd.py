@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sparsemem import Cause, PopulateError, Region
+from sparsemem import Anonymous, Cause, PopulateError, Region
 from tests.conformance.raw import DONTNEED, PAGE, POPULATE_WRITE, madvise, mapping, memfd
 
 _NUMBER = {"x86_64": 323, "aarch64": 282}
@@ -119,7 +119,7 @@ def test_zero_pages_and_then_a_populate_do_so_too(plain: Userfaultfd) -> None:
 
 def test_a_page_poisoned_in_use_is_told_by_its_cause(poison: Userfaultfd) -> None:
     """A plug discards first and so heals; populating again inside a plugged block meets the poison."""
-    with Region("1M", block_size="64K") as region:
+    with Region("1M", block_size="64K", backend=Anonymous(strategy="populate_write")) as region:
         region.plug(0)
         region.discard(0, PAGE)
         poison.register(region.address, PAGE)

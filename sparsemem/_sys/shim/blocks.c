@@ -39,6 +39,7 @@ struct sm_blocks {
     sm_claim *claims;               /* the open ones                            */
     sm_claim *exclusive;            /* a whole claim keeps all others out       */
     unsigned waiting_for_all;       /* and so does a thread that waits for one  */
+    int watched;                    /* somebody listens                         */
     sm_pin *pins;
     struct waiter *waiters;         /* threads that wait for blocks             */
     sm_budget *budget;
@@ -557,6 +558,32 @@ int sm_claim_take_fit(sm_blocks *b, sm_claim *claim, uint64_t count, uint64_t al
         take(b, claim, owner);
     unlock(b);
     return code;
+}
+
+/* A claim on one run, at once or not at all: see internal.h. */
+int blocks_take_at_once(sm_blocks *b, sm_claim *claim, int want, uint64_t owner)
+{
+    uint64_t where;
+
+    lock(b);
+    int taken = claim->runs[0].first < b->nblocks &&
+                claim->runs[0].count <= b->nblocks - claim->runs[0].first &&
+                b->state == SM_OK && !b->exclusive && !b->waiting_for_all && !b->watched &&
+                !b->budget && !any_busy(b, claim->runs, 1) &&
+                check_state(b, claim->runs, want, 1, &where) == SM_OK &&
+                (want != SM_TO_UNPLUGGED || check_pins(b, claim, &where) == SM_OK);
+    if (taken)
+        take(b, claim, owner);
+    unlock(b);
+    return taken;
+}
+
+/* Whether there are listeners; only changed while a claim on everything is held. */
+void sm_blocks_watch(sm_blocks *b, int watched)
+{
+    lock(b);
+    b->watched = watched;
+    unlock(b);
 }
 
 /* The parts of a claim's runs whose bit in a map has that value: stable, since

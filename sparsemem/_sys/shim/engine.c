@@ -10,9 +10,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/falloc.h>
-#include <linux/futex.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -25,15 +22,6 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
-#ifndef MADV_DONTNEED_LOCKED
-#define MADV_DONTNEED_LOCKED 24
-#endif
-#ifndef MLOCK_ONFAULT
-#define MLOCK_ONFAULT 1
-#endif
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25
-#endif
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
@@ -41,124 +29,12 @@
 #define SYS_process_madvise 440
 #endif
 
-static uint64_t now_ns(void)
+int64_t clock_ns(void)
 {
     struct timespec at;
 
     clock_gettime(CLOCK_MONOTONIC, &at);
-    return (uint64_t)at.tv_sec * 1000000000u + (uint64_t)at.tv_nsec;
-}
-
-static int result(long returned) { return returned < 0 ? -errno : 0; }
-
-/* MADV_DONTNEED is EINVAL on a locked mapping, where DONTNEED_LOCKED (5.18)
- * does the same: somebody may call mlockall() long after we have reserved. */
-static int dontneed(char *at, uint64_t length)
-{
-    int error = result(madvise(at, length, MADV_DONTNEED));
-
-    if (error == -EINVAL && !madvise(at, length, MADV_DONTNEED_LOCKED))
-        error = 0;
-    return error;
-}
-
-/* MADV_REMOVE is EINVAL on a locked mapping, too, and has no variant for that.  So the
- * range is unlocked first and locked again after, each page as it comes: that is what
- * mlockall(MCL_ONFAULT) gave it (any other way would have filled the reservation), so
- * the mapping stays one. */
-static int remove_range(char *at, uint64_t length)
-{
-    int error = result(madvise(at, length, MADV_REMOVE));
-
-    if (error == -EINVAL && !munlock(at, length)) {
-        error = result(madvise(at, length, MADV_REMOVE));
-        if (!error)
-            syscall(SYS_mlock2, at, length, MLOCK_ONFAULT);
-    }
-    return error;
-}
-
-/*
- * Populates without MADV_POPULATE_WRITE (before 5.14, and memfd_secret on every
- * kernel): FUTEX_WAKE_OP makes the kernel add 0 to a word of the page,
- * atomically.  So the page is faulted in for writing, its content is kept, no
- * concurrent store is lost, and a page that cannot be had is EFAULT instead of
- * SIGBUS.  The wake on our own dummy word wakes nobody.  *reached is how far it
- * got: unlike MADV_POPULATE_WRITE this way knows.
- */
-static int futex_populate(char *at, uint64_t length, uint64_t page, uint64_t *calls,
-                          uint64_t *reached)
-{
-    uint32_t dummy = 0;
-    unsigned long add_zero = (unsigned long)FUTEX_OP(FUTEX_OP_ADD, 0, FUTEX_OP_CMP_EQ, 0x7ff);
-
-    for (*reached = 0; *reached < length; *reached += page, ++*calls)
-        if (syscall(SYS_futex, &dummy, FUTEX_WAKE_OP | FUTEX_PRIVATE_FLAG, 0, 0,
-                    at + *reached, add_zero) < 0)
-            return -errno;
-    return 0;
-}
-
-/*
- * Populates the last small page of each huge page, so that the kernel takes the huge
- * page for it: clearing one from its end on is twice as fast (measured: 0.12 against
- * 0.29 of the time for small pages).  The whole is populated afterwards all the same,
- * for where there was a page table already, this gives one small page.
- */
-static int populate_last_pages(sm_job *job, uint64_t offset, uint64_t length)
-{
-    uint64_t small = (uint64_t)sysconf(_SC_PAGESIZE), end = (offset / job->huge + 1) * job->huge;
-    int error = 0;
-
-    for (; !error && end <= offset + length; end += job->huge, job->calls++)
-        error = result(madvise(job->base + end - small, small, MADV_POPULATE_WRITE));
-    return error;
-}
-
-/* Allocates the first small page of each huge page: collapsing what is empty is EINVAL. */
-static int allocate_first_pages(sm_job *job, uint64_t offset, uint64_t length)
-{
-    uint64_t small = (uint64_t)sysconf(_SC_PAGESIZE), at = offset;
-    int error = 0;
-
-    for (; !error && at < offset + length; at += job->huge, job->calls++)
-        error = result(fallocate(job->fd, FALLOC_FL_KEEP_SIZE, (off_t)at, (off_t)small));
-    return error;
-}
-
-static int issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
-{
-    char *at = job->base + offset;
-    job->calls++;
-    switch (step) {
-    case SM_STEP_DONTNEED:
-        return dontneed(at, length);
-    case SM_STEP_REMOVE:
-        return remove_range(at, length);
-    case SM_STEP_PUNCH:
-        return result(fallocate(job->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                (off_t)offset, (off_t)length));
-    case SM_STEP_FALLOCATE:
-        return result(fallocate(job->fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length));
-    case SM_STEP_POPULATE_WRITE:
-        return result(madvise(at, length, MADV_POPULATE_WRITE));
-    case SM_STEP_LAST_PAGES:
-        return populate_last_pages(job, offset, length);
-    case SM_STEP_FIRST_PAGES:
-        return allocate_first_pages(job, offset, length);
-    case SM_STEP_COLLAPSE:
-        /* Where it may not (shmem_enabled=deny, PR_SET_THP_DISABLE) or cannot (no huge
-         * page to be had), the populate that follows fills small pages. */
-        madvise(at, length, MADV_COLLAPSE);
-        return 0;
-    case SM_STEP_FUTEX:
-        return futex_populate(at, length, job->page, &job->calls, &job->reached);
-    case SM_STEP_ZERO:
-        memset(at, 0, length);          /* only ever after FUTEX, on its pages */
-        return 0;
-    default:
-        return -EINVAL;
-    }
+    return (int64_t)at.tv_sec * 1000000000 + at.tv_nsec;
 }
 
 /* Tests make the nth call of a step fail, after some of it was really done; how much,
@@ -180,8 +56,8 @@ static int issue_or_fail(sm_job *job, unsigned step, sm_run range)
     int64_t partial = fault_due(job, step, range.count);
 
     if (partial < 0)
-        return issue(job, step, range.first, range.count);
-    int error = partial ? issue(job, step, range.first, (uint64_t)partial) : 0;
+        return step_issue(job, step, range.first, range.count);
+    int error = partial ? step_issue(job, step, range.first, (uint64_t)partial) : 0;
     job->reached = (uint64_t)partial;
     return error ? error : -job->fault->error;
 }
@@ -205,6 +81,8 @@ static int vector_advice(unsigned step)
     case SM_STEP_REMOVE:
         return MADV_REMOVE;
     case SM_STEP_POPULATE_WRITE:
+    case SM_STEP_UFFD_COPY:             /* only for larger ranges worth a call each     */
+    case SM_STEP_UFFD_ZEROPAGE:
         return MADV_POPULATE_WRITE;
     default:
         return -1;
@@ -404,7 +282,7 @@ static int told_to_stop(const sm_job *job)
  */
 static int advance(sm_job *job, uint64_t budget_ns)
 {
-    uint64_t start = now_ns();
+    int64_t start = clock_ns();
     /* Opened for each slice, for one that outlived a fork would mean the parent. */
     int self = job->vectored && job->nruns > WORTH_A_VECTOR
                    ? (int)syscall(SYS_pidfd_open, getpid(), 0) : -1;
@@ -417,7 +295,7 @@ static int advance(sm_job *job, uint64_t budget_ns)
         }
         code = all_steps(job, self, self < 0 ? 1 : BATCH);
         if (code == -EINTR || (code == SM_OK && job->at.run < job->nruns &&
-                               now_ns() - start >= budget_ns))
+                               (uint64_t)(clock_ns() - start) >= budget_ns))
             code = SM_MORE;
     }
     if (self >= 0)

@@ -20,4 +20,13 @@ size_t bits_any_runs(const bits_any *bits, uint64_t from, uint64_t to, int value
 int bits_any_find(const bits_any *bits, uint64_t nbits, uint64_t count, uint64_t align,
                   int fit, uint64_t *where);
 
+/* Takes a claim on one run (1), or does nothing (0): where there is no such run, where it
+ * would have to wait or be refused, or where an operation is more than a matter of the
+ * map and the memory, since somebody listens or counts. */
+int blocks_take_at_once(sm_blocks *b, sm_claim *claim, int want, uint64_t owner);
+
+int64_t clock_ns(void);
+
+int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length);
+
 #endif

@@ -129,7 +129,8 @@ void sm_pin_drop(sm_pin *pin);
 enum {                      /* the steps that recipes are made of       */
     SM_STEP_DONTNEED = 1, SM_STEP_REMOVE, SM_STEP_PUNCH, SM_STEP_FALLOCATE,
     SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO,
-    SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE, SM_STEP_COUNT
+    SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE,
+    SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
@@ -144,6 +145,17 @@ typedef struct {            /* the threads that work on one operation   */
     int stop;               /* begin no further chunk                   */
     int active;             /* threads inside sm_advance()              */
 } sm_crew;
+
+typedef struct {            /* a userfaultfd, of one process            */
+    int fd;
+    int pid;
+    char *zeroes;           /* so many bytes of the zero page           */
+    uint64_t nzeroes;
+} sm_uffd;
+
+int sm_uffd_open(sm_uffd *uffd);
+int64_t sm_uffd_register(const sm_uffd *uffd, uint64_t address, uint64_t length);
+void sm_uffd_close(sm_uffd *uffd);
 
 typedef struct {            /* a place in a job's runs                  */
     size_t run;
@@ -172,6 +184,7 @@ typedef struct {
     unsigned nsteps;
     unsigned steps[6];
     sm_crew *crew;          /* NULL if one thread does all              */
+    const sm_uffd *uffd;    /* or NULL                                  */
     sm_fault *fault;        /* NULL but in tests                        */
 } sm_job;
 
@@ -179,6 +192,27 @@ int sm_advance(sm_job *job, uint64_t budget_ns);
 void sm_job_split(const sm_job *job, uint64_t align, sm_job *parts, unsigned nparts);
 int sm_crew_stop(sm_crew *crew, unsigned wait_ms);
 int sm_can_vector(void);
+
+/* ---- the short way: one small plug or unplug in one call ---------------------- */
+
+typedef struct {            /* a reading of the headroom, spent by plugs        */
+    int64_t left;           /* bytes                                            */
+    int64_t floor;          /* read again when less than that would be left     */
+    int64_t expires_ns;     /* or after this moment of CLOCK_MONOTONIC          */
+    int off;                /* nobody looks                                     */
+} sm_gauge;
+
+typedef struct {
+    sm_blocks *blocks;
+    const sm_job *plug;     /* prepared, without runs                           */
+    const sm_job *unplug;
+    sm_gauge *gauge;
+    uint64_t plugs, unplugs, plugged_blocks, unplugged_blocks, calls, ns;
+} sm_quick;
+
+int sm_quick_plug(sm_quick *quick, int64_t first, int64_t count);
+int sm_quick_unplug(sm_quick *quick, int64_t first, int64_t count);
+void sm_blocks_watch(sm_blocks *blocks, int watched);
 
 /* ---- single system calls --------------------------------------------------- */
 

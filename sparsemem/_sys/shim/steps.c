@@ -1,0 +1,209 @@
+/*
+ * The steps that recipes are made of: each one system call, or a few, over one range.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/futex.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
+#endif
+#ifndef MLOCK_ONFAULT
+#define MLOCK_ONFAULT 1
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+static int result(long returned) { return returned < 0 ? -errno : 0; }
+
+/* MADV_DONTNEED is EINVAL on a locked mapping, where DONTNEED_LOCKED (5.18)
+ * does the same: somebody may call mlockall() long after we have reserved. */
+static int dontneed(char *at, uint64_t length)
+{
+    int error = result(madvise(at, length, MADV_DONTNEED));
+
+    if (error == -EINVAL && !madvise(at, length, MADV_DONTNEED_LOCKED))
+        error = 0;
+    return error;
+}
+
+/* MADV_REMOVE is EINVAL on a locked mapping, too, and has no variant for that.  So the
+ * range is unlocked first and locked again after, each page as it comes: that is what
+ * mlockall(MCL_ONFAULT) gave it (any other way would have filled the reservation), so
+ * the mapping stays one. */
+static int remove_range(char *at, uint64_t length)
+{
+    int error = result(madvise(at, length, MADV_REMOVE));
+
+    if (error == -EINVAL && !munlock(at, length)) {
+        error = result(madvise(at, length, MADV_REMOVE));
+        if (!error)
+            syscall(SYS_mlock2, at, length, MLOCK_ONFAULT);
+    }
+    return error;
+}
+
+/*
+ * Populates without MADV_POPULATE_WRITE (before 5.14, and memfd_secret on every
+ * kernel): FUTEX_WAKE_OP makes the kernel add 0 to a word of the page,
+ * atomically.  So the page is faulted in for writing, its content is kept, no
+ * concurrent store is lost, and a page that cannot be had is EFAULT instead of
+ * SIGBUS.  The wake on our own dummy word wakes nobody.  *reached is how far it
+ * got: unlike MADV_POPULATE_WRITE this way knows.
+ */
+static int futex_populate(char *at, uint64_t length, uint64_t page, uint64_t *calls,
+                          uint64_t *reached)
+{
+    uint32_t dummy = 0;
+    unsigned long add_zero = (unsigned long)FUTEX_OP(FUTEX_OP_ADD, 0, FUTEX_OP_CMP_EQ, 0x7ff);
+
+    for (*reached = 0; *reached < length; *reached += page, ++*calls)
+        if (syscall(SYS_futex, &dummy, FUTEX_WAKE_OP | FUTEX_PRIVATE_FLAG, 0, 0,
+                    at + *reached, add_zero) < 0)
+            return -errno;
+    return 0;
+}
+
+/*
+ * Touches each page as a program would, by writing a byte to it, but from within the
+ * kernel: what cannot be had is EFAULT instead of SIGBUS.  The byte becomes zero.
+ */
+static int touch(char *at, uint64_t length, uint64_t page, uint64_t *calls)
+{
+    struct iovec bytes[1024];           /* UIO_MAXIOV */
+    int zero = open("/dev/zero", O_RDONLY | O_CLOEXEC), error = zero < 0 ? -errno : 0;
+
+    for (uint64_t done = 0; !error && done < length; ++*calls) {
+        int n = 0;
+
+        for (uint64_t next = done; n < 1024 && next < length; n++, next += page)
+            bytes[n] = (struct iovec){at + next, 1};
+        ssize_t touched = readv(zero, bytes, n);
+        if (touched < 0)
+            error = -errno;
+        else
+            done += (uint64_t)touched * page;
+    }
+    if (zero >= 0)
+        close(zero);
+    return error;
+}
+
+/*
+ * Fills pages through userfaultfd, with zeroes: cheaper than a fault a page.  The
+ * mapping is registered for write protection, which nothing here uses: for that mode
+ * the kernel lets us fill, and neither traps accesses nor bars huge pages.  Whatever it
+ * does not do (a page that is there already, a mapping that changed, no memory) is
+ * left to MADV_POPULATE_WRITE, which goes on and says why not.
+ *
+ * In a child after fork() the descriptor would still fill the parent's memory.
+ */
+static int uffd_populate(sm_job *job, char *at, uint64_t length, int zeropage)
+{
+    const sm_uffd *u = job->uffd;
+    uint64_t done = 0, again = 0;       /* the first call is counted already */
+
+    while (u && u->pid == getpid() && done < length) {
+        uint64_t size = length - done < u->nzeroes ? length - done : u->nzeroes;
+        struct uffdio_copy copy = {.dst = (uintptr_t)at + done, .src = (uintptr_t)u->zeroes,
+                                   .len = size};
+        struct uffdio_zeropage zero = {.range = {(uintptr_t)at + done, size}};
+        job->calls += again++ > 0;
+        int failed = zeropage ? ioctl(u->fd, UFFDIO_ZEROPAGE, &zero)
+                              : ioctl(u->fd, UFFDIO_COPY, &copy);
+        int64_t did = zeropage ? zero.zeropage : copy.copy;
+
+        if (did > 0)
+            done += (uint64_t)did;
+        if (failed && errno != EAGAIN)
+            break;
+    }
+    if (done == length)
+        return 0;
+    job->calls += again > 0;
+    return result(madvise(at + done, length - done, MADV_POPULATE_WRITE));
+}
+
+/*
+ * Populates the last small page of each huge page, so that the kernel takes the huge
+ * page for it: clearing one from its end on is twice as fast (measured: 0.12 against
+ * 0.29 of the time for small pages).  The whole is populated afterwards all the same,
+ * for where there was a page table already, this gives one small page.
+ */
+static int populate_last_pages(sm_job *job, uint64_t offset, uint64_t length)
+{
+    uint64_t small = (uint64_t)sysconf(_SC_PAGESIZE), end = (offset / job->huge + 1) * job->huge;
+    int error = 0;
+
+    for (; !error && end <= offset + length; end += job->huge, job->calls++)
+        error = result(madvise(job->base + end - small, small, MADV_POPULATE_WRITE));
+    return error;
+}
+
+/* Allocates the first small page of each huge page: collapsing what is empty is EINVAL. */
+static int allocate_first_pages(sm_job *job, uint64_t offset, uint64_t length)
+{
+    uint64_t small = (uint64_t)sysconf(_SC_PAGESIZE), at = offset;
+    int error = 0;
+
+    for (; !error && at < offset + length; at += job->huge, job->calls++)
+        error = result(fallocate(job->fd, FALLOC_FL_KEEP_SIZE, (off_t)at, (off_t)small));
+    return error;
+}
+
+/* One step over one range; 0 or -errno.  What a failed one has done is unknown. */
+int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
+{
+    char *at = job->base + offset;
+    job->calls++;
+    switch (step) {
+    case SM_STEP_DONTNEED:
+        return dontneed(at, length);
+    case SM_STEP_REMOVE:
+        return remove_range(at, length);
+    case SM_STEP_PUNCH:
+        return result(fallocate(job->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                (off_t)offset, (off_t)length));
+    case SM_STEP_FALLOCATE:
+        return result(fallocate(job->fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length));
+    case SM_STEP_POPULATE_WRITE:
+        return result(madvise(at, length, MADV_POPULATE_WRITE));
+    case SM_STEP_LAST_PAGES:
+        return populate_last_pages(job, offset, length);
+    case SM_STEP_FIRST_PAGES:
+        return allocate_first_pages(job, offset, length);
+    case SM_STEP_COLLAPSE:
+        /* Where it may not (shmem_enabled=deny, PR_SET_THP_DISABLE) or cannot (no huge
+         * page to be had), the populate that follows fills small pages. */
+        madvise(at, length, MADV_COLLAPSE);
+        return 0;
+    case SM_STEP_UFFD_COPY:
+        return uffd_populate(job, at, length, 0);
+    case SM_STEP_UFFD_ZEROPAGE:
+        return uffd_populate(job, at, length, 1);
+    case SM_STEP_TOUCH:
+        return touch(at, length, job->page, &job->calls);
+    case SM_STEP_FUTEX:
+        return futex_populate(at, length, job->page, &job->calls, &job->reached);
+    case SM_STEP_ZERO:
+        memset(at, 0, length);          /* only ever after FUTEX, on its pages */
+        return 0;
+    default:
+        return -EINVAL;
+    }
+}
