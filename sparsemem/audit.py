@@ -61,7 +61,7 @@ class Audit:
             "discarded": self.discarded_size,
             "unaccounted": self.unaccounted_size,
         }
-        runs = {"tainted": self.tainted, "busy": self.busy, "unknown": self.unknown}
+        runs = {"tainted": self.tainted, "pending": self.pending, "busy": self.busy, "unknown": self.unknown}
         told = [f"{format_size(size)} {name}" for name, size in sizes.items() if size]
         told += [f"{sum(n for _, n in found)} blocks {name}" for name, found in runs.items() if found]
         return f"{'ok' if self.ok else 'NOT ok'}: {', '.join(told) or 'nothing resident'}"
@@ -91,7 +91,8 @@ def audit(mapping: Mapping, blocks: BlockMap, block_size: int) -> Audit:
     changed = subtract(plugged, now_plugged) + subtract(now_plugged, plugged)
     busy = join(busy + list(blocks.runs(Map.BUSY, True)) + changed)
 
-    aside = [(first << shift, count << shift) for first, count in join(busy + tainted)]
+    pending = list(blocks.runs(Map.PENDING, True))
+    aside = [(first << shift, count << shift) for first, count in join(busy + tainted + pending)]
     in_plugged = [(first << shift, count << shift) for first, count in plugged]
     kept = clip(resident, in_plugged)
     leaked = subtract(subtract(resident, in_plugged), aside)
@@ -107,7 +108,7 @@ def audit(mapping: Mapping, blocks: BlockMap, block_size: int) -> Audit:
         unaccounted_size=0 if total is None or busy else max(0, total - _size(resident)),
         busy=tuple(busy),
         tainted=tuple(tainted),
-        pending=(),
+        pending=tuple(pending),
         unknown=(),
     )
 

@@ -39,15 +39,17 @@ class Want(enum.IntEnum):
     TO_UNPLUGGED = lib.SM_TO_UNPLUGGED
     WITHIN_PLUGGED = lib.SM_WITHIN_PLUGGED
     TAINTED_ONLY = lib.SM_TAINTED_ONLY
+    PENDING_ONLY = lib.SM_PENDING_ONLY
     WHOLE = lib.SM_WHOLE
 
 
 class Map(enum.IntEnum):
-    """The three bitmaps."""
+    """The bitmaps."""
 
     PLUGGED = lib.SM_MAP_PLUGGED
     BUSY = lib.SM_MAP_BUSY
     TAINTED = lib.SM_MAP_TAINTED
+    PENDING = lib.SM_MAP_PENDING
 
 
 class BlockMap:
@@ -80,7 +82,7 @@ class BlockMap:
     # ---- reading -----------------------------------------------------------------------
 
     def counts(self) -> Any:
-        """`plugged`, `tainted`, `busy`, `pins` and `claims`, of one moment."""
+        """`plugged`, `tainted`, `busy`, `pending`, `pins` and `claims`, of one moment."""
         out = ffi.new("sm_counts *")
         lib.sm_blocks_counts(self.c, out)
         return out
@@ -259,13 +261,21 @@ class Claim:
         unplugged: Runs = EMPTY,
         tainted: Runs = EMPTY,
         healed: Runs = EMPTY,
+        pending: Runs = EMPTY,
         close: bool = False,
     ) -> int:
-        """Sets what came of it and gives the blocks back, all at once; the number of blocks changed."""
-        outcome = ffi.new(
-            "sm_outcome *",
-            (plugged.array, unplugged.array, tainted.array, healed.array, plugged.n, unplugged.n, tainted.n, healed.n),
-        )
+        """Sets what came of it and gives the blocks back, all at once; the number of blocks changed.
+
+        Args:
+            plugged: What is plugged now.
+            unplugged: What is unplugged now, and discarded.
+            tainted: What is in an unknown state.
+            healed: What is so no more.
+            pending: Of `unplugged`, what is still to be discarded.
+            close: Close the map.
+        """
+        lists = (plugged, unplugged, tainted, healed, pending)
+        outcome = ffi.new("sm_outcome *", (*(runs.array for runs in lists), *(runs.n for runs in lists)))
         return int(lib.sm_claim_finish(self._c, outcome, close))
 
 
@@ -274,6 +284,7 @@ _VERBS = {
     Want.TO_UNPLUGGED: "unplug",
     Want.WITHIN_PLUGGED: "use",
     Want.TAINTED_ONLY: "scrub",
+    Want.PENDING_ONLY: "flush",
     Want.WHOLE: "close",
 }
 

@@ -97,7 +97,7 @@ class Work:
 
     Args:
         mapping: What to work on.
-        operation: "populate", "repopulate" or "discard".
+        operation: "populate", "repopulate", "recycle" or "discard".
         runs: What to work through, in units of `1 << shift` bytes.
         shift: The unit.
         threads: How many may work on it.
@@ -150,6 +150,13 @@ class Work:
                 raise StepFailedError(part.failed, part.failed_at)
         if control is not UNWATCHED:
             control.check(self.bytes, self._total)
+
+    def retry(self) -> None:
+        """Lets `run` go on where a step failed, once there is a reason to hope for better."""
+        self._stop()
+        self._futures.clear()
+        for part in self._parts:
+            part.failed = 0
 
     def _lend(self) -> None:
         if self._crew is not None:

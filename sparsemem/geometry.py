@@ -38,6 +38,18 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_warm(warm: Size | None, block_size: int) -> int:
+    """Bytes of a warm pool, 0 for none.
+
+    Raises:
+        ValueError: Not whole blocks.
+    """
+    size = 0 if warm is None else parse_size(warm, "warm")
+    if size % block_size:
+        raise ValueError(f"warm {size} is not a multiple of the block size {block_size}")
+    return size
+
+
 def check_threads(threads: object) -> int | None:
     """How many threads, or None for as many as are sensible.
 

@@ -10,6 +10,7 @@ The order within is what makes it safe, and is explained where it matters.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ from attrs import define, field
 from sparsemem import workers
 from sparsemem.backends.base import Mapping
 from sparsemem.blocks import BlockMap, Claim, Map, Want, runs_of
+from sparsemem.deferral import Deferral
 from sparsemem.engine import UNWATCHED, Control, StepFailedError, Work
 from sparsemem.errors import (
     BackendExhaustedError,
@@ -36,6 +38,7 @@ from sparsemem.quick import Quick, QuickFailedError
 from sparsemem.runs import EMPTY, Runs, clip, join, single, subtract, to_blocks
 from sparsemem.statistics import Tally
 from sparsemem.units import exact_size
+from sparsemem.warm import Warm
 
 _log = logging.getLogger("sparsemem")
 
@@ -51,12 +54,15 @@ class Core:
     tally: Tally
     threads: int | None = None
     listeners: tuple[Listener, ...] = ()
+    deferral: Deferral | None = None
+    warm: Warm | None = None
     shift: int = field(init=False)
     quick: Quick | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         self.shift = self.block_size.bit_length() - 1
-        if self.mapping.direct:
+        # What is pending or due is for the long way to look at.
+        if self.mapping.direct and self.deferral is None:
             self.quick = Quick(self.mapping, self.blocks, self.gauge, self.shift)
 
     def listen(self, listeners: tuple[Listener, ...]) -> None:
@@ -163,13 +169,14 @@ class Plug(Operation):
         self._control = control
         self.found: int | None = None
         """The first block that `fit`, a count, an alignment and a kind of fit, has found."""
-        self._work: Work | None = None
+        self._works: list[Work] = []
         self._announcement: Announcement | None = None
         self._rollback: Work | None = None
 
     def perform(self) -> int:
         core, claim = self.core, self.claim
         started = time.monotonic()
+        flush_due(core)
         if self._fit is None:
             claim.take(Want.TO_PLUGGED, self._strict)
         else:
@@ -183,20 +190,45 @@ class Plug(Operation):
         if size == 0:
             claim.finish()
             return 0
+        # What is pending has its memory still, and is only made fresh.
+        pending = claim.select(Map.PENDING, True) if core.deferral is not None else EMPTY
+        fresh = core.block_runs(subtract(list(new), list(pending))) if pending.n else new
         # Up front, because a memory control group's limit has no errno.
-        core.gauge.spend(size)
+        self._spend(fresh.total << core.shift)
         claim.charge(size)
-        self._work = core.work("populate", new)
-        try:
-            self._work.run(self._control)
-        except StepFailedError as failure:
-            raise populate_error(core, failure.errno, failure.offset, self._work.bytes) from None
+        self._works = [core.work("populate", fresh)] if fresh.n else []
+        if pending.n:
+            keep = core.deferral is not None and core.deferral.keep
+            self._works.append(core.work("repopulate" if keep else "recycle", pending))
+        for work in self._works:
+            self._run(work)
         # Only now: a listener may use the memory at once.
         self._announcement = Announcement(core.listeners, "on_plug", new if core.listeners else ())
         self._announcement.tell()
         changed = claim.finish(plugged=new)
-        core.tally.plugged(size, self._work.calls, time.monotonic() - started)
+        core.tally.plugged(size, sum(work.calls for work in self._works), time.monotonic() - started)
         return changed
+
+    def _spend(self, size: int) -> None:
+        core = self.core
+        try:
+            core.gauge.spend(size)
+        except BackendExhaustedError:
+            if not relieve(core):
+                raise
+            core.gauge.forget()
+            core.gauge.spend(size)
+
+    def _run(self, work: Work) -> None:
+        core = self.core
+        while True:
+            try:
+                return work.run(self._control)
+            except StepFailedError as failure:
+                if not relieve(core):
+                    done = sum(work.bytes for work in self._works)
+                    raise populate_error(core, failure.errno, failure.offset, done) from None
+            work.retry()
 
     def undo(self, error: BaseException | None) -> None:
         core, claim = self.core, self.claim
@@ -205,17 +237,22 @@ class Plug(Operation):
         if self._announcement is not None:
             # Before the discard, so that nobody still uses what goes away.
             self._announcement.take_back()
-        tainted = EMPTY
-        if self._work is not None and self._work.begun():
+        tainted = gone = EMPTY
+        begun = join([run for work in self._works for run in work.begun()])
+        if begun:
+            if core.deferral is not None:
+                # A part of a block that was pending is discarded with the rest of it.
+                begun = [(first << core.shift, n << core.shift) for first, n in to_blocks(begun, core.shift)]
             if self._rollback is None:
-                self._rollback = Work(core.mapping, "discard", core.byte_runs(self._work.begun()), 0)
+                self._rollback = Work(core.mapping, "discard", core.byte_runs(begun), 0)
             self._rollback.run_through()
             # Memory that cannot be given back (memfd_secret) is zeroed and kept
             # apart, as is memory whose discard failed.
-            kept = self._rollback.failed if core.mapping.can_discard else self._work.begun()
+            kept = self._rollback.failed if core.mapping.can_discard else begun
             tainted = core.block_runs(to_blocks(kept, core.shift))
+            gone = core.block_runs(to_blocks(begun, core.shift))
             core.gauge.forget()
-        claim.finish(tainted=tainted)
+        claim.finish(unplugged=gone, tainted=tainted)
         core.tally.failed(rolled_back=self._rollback is not None)
         if tainted.n and isinstance(error, PopulateError):
             error.rolled_back = False
@@ -250,7 +287,8 @@ class Unplug(Operation):
     """claim -> listeners -> discard -> commit: checked completely first, for a discard cannot be undone.
 
     Also what mends tainted blocks (`Want.TAINTED_ONLY`): those that are plugged
-    become unplugged then, as was asked for when they were tainted.
+    become unplugged then, as was asked for when they were tainted.  And what
+    discards those that were unplugged before (`Want.PENDING_ONLY`).
     """
 
     def __init__(
@@ -275,18 +313,24 @@ class Unplug(Operation):
         core, claim = self.core, self.claim
         started = time.monotonic()
         require_discard(core.mapping)
+        if self._want is Want.TO_UNPLUGGED:
+            flush_due(core)
         claim.take(self._want, self._strict)
         # A copy, since the claim will have the gaps in between, too.
-        which = Map.TAINTED if self._want is Want.TAINTED_ONLY else Map.PLUGGED
-        self._victims = claim.select(which, True)
+        self._victims = claim.select(_VICTIMS[self._want], True)
         if self._victims.n == 0:
             claim.finish()
             return 0
-        if core.listeners:
+        if core.listeners and self._want is not Want.PENDING_ONLY:
             plugged = claim.select(Map.PLUGGED, True)
             # Before the discard: afterwards nobody may fault the memory in again.
             self._announcement = Announcement(core.listeners, "on_unplug", plugged)
             self._announcement.tell()
+        if core.deferral is not None and self._want is Want.TO_UNPLUGGED and not claim.select(Map.TAINTED, True).n:
+            changed = claim.finish(unplugged=self._victims, pending=self._victims)
+            core.deferral.note()
+            core.tally.unplugged(changed << core.shift, 0, time.monotonic() - started)
+            return changed
         # Claimed only now: a listener may have worked on blocks in the gaps.
         self._work = core.work("discard", claim.bridge(self._victims, core.mapping.bridge >> core.shift))
         try:
@@ -294,6 +338,9 @@ class Unplug(Operation):
         except StepFailedError as failure:
             raise discard_error(failure.errno, failure.offset >> core.shift) from None
         changed = claim.finish(unplugged=self._victims, healed=self._victims)
+        if self._want is Want.PENDING_ONLY:
+            core.tally.flushed(self._work.calls, time.monotonic() - started)
+            return self._victims.total
         core.tally.unplugged(changed << core.shift, self._work.calls, time.monotonic() - started)
         return changed
 
@@ -331,6 +378,77 @@ class Unplug(Operation):
         # still returns ENOMEM.
         begun = to_blocks(work.begun(), shift)
         return done, subtract(begun, done) if step_failed else []
+
+
+_VICTIMS = {
+    Want.TO_UNPLUGGED: Map.PLUGGED,
+    Want.TAINTED_ONLY: Map.TAINTED,
+    Want.PENDING_ONLY: Map.PENDING,
+}
+
+
+def flush(core: Core, control: Control = UNWATCHED) -> int:
+    """Discards what is pending and in nobody's hands; the bytes.
+
+    Raises:
+        As Unplug: what failed is tainted, and pending no more.
+    """
+    deferral = core.deferral
+    if deferral is None:
+        return 0
+    since, deferral.since = deferral.since, None
+    try:
+        pending = subtract(list(core.blocks.runs(Map.PENDING, True)), list(core.blocks.runs(Map.BUSY, True)))
+        if not pending:
+            return 0
+        claim = Claim(core.blocks, core.block_runs(pending))
+        return execute(Unplug(core, claim, want=Want.PENDING_ONLY, strict=False, control=control)) << core.shift
+    except BaseException:
+        deferral.since = since  # the rest of it is due all the same
+        raise
+
+
+def flush_due(core: Core) -> None:
+    """Discards what has been pending for long enough; a failure is kept for `Region.flush` to tell."""
+    if core.deferral is not None and core.deferral.due:
+        _flush_quietly(core, core.deferral)
+
+
+def _flush_quietly(core: Core, deferral: Deferral) -> int:
+    try:
+        return flush(core)
+    except DiscardError as error:
+        deferral.failure = error
+    except BlockStateError:
+        pass  # a circle of threads that wait for each other: later, then
+    return 0
+
+
+def relieve(core: Core) -> bool:
+    """Gives back what is not needed this moment, pending blocks and the warm pool; whether there was any."""
+    given = 0 if core.deferral is None else _flush_quietly(core, core.deferral)
+    if core.warm is not None:
+        with contextlib.suppress(StepFailedError):
+            given += core.warm.give_back()
+    return given > 0
+
+
+def refill(core: Core, control: Control = UNWATCHED) -> int:
+    """Fills the warm pool; the bytes.
+
+    Raises:
+        BackendExhaustedError: There is not so much memory.
+        PopulateError: It failed otherwise; the pool is as before.
+    """
+    warm = core.warm
+    if warm is None or warm.ready == warm.size:
+        return 0
+    core.gauge.spend(warm.size - warm.ready)
+    try:
+        return warm.fill(control)
+    except StepFailedError as failure:
+        core.gauge.forget()
+        raise populate_error(core, failure.errno, failure.offset, 0) from None
 
 
 class Inner(Operation):

@@ -32,9 +32,10 @@ class Step(enum.Enum):
     COLLAPSE = "madvise(MADV_COLLAPSE)"
     UFFD_COPY = "ioctl(UFFDIO_COPY) of zeroes"
     UFFD_ZEROPAGE = "ioctl(UFFDIO_ZEROPAGE)"
+    MOVE = "ioctl(UFFDIO_MOVE) from the warm pool"
     TOUCH = "readv(/dev/zero) of one byte into each page"
     FUTEX = "futex(FUTEX_WAKE_OP) on each page"
-    ZERO = "memset to zero"
+    ZERO = "read(/dev/zero)"
 
 
 class Kind(enum.Enum):
@@ -104,13 +105,18 @@ class Recipe:
     def _reset_is_discard(self) -> tuple[Step, ...]:
         return self.discard
 
-    def populate(self, strategy: str, *, huge: bool = False) -> tuple[Step, ...]:
-        """All steps of a plug: reset, fault, cleanse."""
-        return self.reset + self.ways(huge=huge)[strategy] + self.cleanse
+    def populate(self, strategy: str, *, huge: bool = False, warm: bool = False) -> tuple[Step, ...]:
+        """All steps of a plug: move from the warm pool, or reset, fault and cleanse."""
+        move = (Step.MOVE,) if warm else ()
+        return move + self.reset + self.ways(huge=huge)[strategy] + self.cleanse
 
     def ways(self, *, huge: bool) -> Mapping[str, tuple[Step, ...]]:
         """The strategies that there are, with their steps."""
         return {**self.faults, **self.huge} if huge else self.faults
+
+    def recycle(self, strategy: str) -> tuple[Step, ...]:
+        """The steps that make populated memory fresh without giving it back: what lacks, and zeroes."""
+        return (*self.again(strategy), Step.ZERO)
 
     def again(self, strategy: str) -> tuple[Step, ...]:
         """The steps that populate a part of a block, perhaps a small one, and keep what is there."""

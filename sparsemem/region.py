@@ -25,6 +25,7 @@ from sparsemem.backends.base import Backend, Mapping, Request
 from sparsemem.bitmap import fit_code
 from sparsemem.blocks import BlockMap, Claim, Map, Want
 from sparsemem.budget import Budget
+from sparsemem.deferral import Deferral, check_deferral
 from sparsemem.engine import UNWATCHED, Control
 from sparsemem.errors import (
     BlockRangeError,
@@ -33,8 +34,9 @@ from sparsemem.errors import (
     ReserveError,
     Run,
     SparseMemError,
+    UnsupportedError,
 )
-from sparsemem.geometry import check_block_size, check_name, check_size, check_threads
+from sparsemem.geometry import check_block_size, check_name, check_size, check_threads, check_warm
 from sparsemem.headroom import Gauge, Headroom, check_mode
 from sparsemem.headroom import read as _read_headroom
 from sparsemem.listeners import Listener
@@ -47,7 +49,9 @@ from sparsemem.operations import (
     Unplug,
     Whole,
     execute,
+    flush,
     plug_at_once,
+    refill,
     require_discard,
     resize,
     unplug_at_once,
@@ -56,6 +60,7 @@ from sparsemem.runs import Runs, RunsInput, collect, index_of, single, subtract
 from sparsemem.statistics import Stats, Tally
 from sparsemem.units import Size, exact_size, parse_size
 from sparsemem.views import make_view
+from sparsemem.warm import Warm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -104,6 +109,15 @@ class Region:
         threads: How many threads may work on one operation; each gets 64 MiB at
             least.  By default as many as suit the size and the machine: one for
             huge pages, else one for each processor, up to 16.
+        unplug_delay: Seconds by which discards are put off, to be done together: at
+            the first operation after that time, at `flush()`, or when memory runs
+            out.  Until then the blocks are unplugged like others, but hold memory.
+            Peers that share the memory see its content until then.
+        reuse: What a block reads that is plugged again before its discard: "zero",
+            or "keep" for whatever it held (or zero, if the discard came first).
+        warm: Bytes of populated memory held ready, whole blocks, which plugs move
+            into place; filled now and by `refill()`, given back when memory runs
+            out.  For private anonymous memory, where the kernel can move it.
         plugged: Runs of blocks that start out plugged.  Of an adopted file they
             are taken to hold data already, which stays; fresh memory is populated.
             A plug of any other block discards first: two regions over one file
@@ -129,6 +143,9 @@ class Region:
         dump: bool = False,
         fork: str = "refuse",
         threads: int | None = None,
+        unplug_delay: float | None = None,
+        reuse: str = "zero",
+        warm: Size | None = None,
         plugged: RunsInput = (),
         budget: Budget | None = None,
         name: str = "sparsemem",
@@ -143,6 +160,9 @@ class Region:
         if not isinstance(dump, bool):
             raise TypeError(f"dump must be True or False, not {dump!r}")
         self._threads = check_threads(threads)
+        deferral = check_deferral(unplug_delay, reuse)
+        if deferral is not None and fork == "inherit":
+            raise ValueError("unplug_delay does not go with fork='inherit': late discards would hit the other's blocks")
         self._headroom = check_mode(headroom)
         self._backend = backend
         self._page_size = backend.page_size
@@ -151,18 +171,30 @@ class Region:
         self._fork = fork
         self._name = check_name(name)
         given = collect(plugged, self.nblocks)
+        ready = check_warm(warm, self._block_size)
         blocks = BlockMap(self.nblocks, self._block_size, self._page_size, budget)
         try:
             blocks.adopt(given)  # before the backend touches anything, for the budget may refuse
             self._mapping: Mapping = _reserve(backend, self._request(given, dump))
             self._address = self._mapping.address
-            gauge = Gauge(self._mapping.limits, headroom)
-            self._core = Core(self._mapping, blocks, self._block_size, gauge, Tally(), self._threads)
+            self._core = Core(
+                mapping=self._mapping,
+                blocks=blocks,
+                block_size=self._block_size,
+                gauge=Gauge(self._mapping.limits, headroom),
+                tally=Tally(),
+                threads=self._threads,
+                deferral=_deferrable(deferral, self._mapping),
+                warm=Warm(self._mapping, ready) if ready else None,
+            )
+            refill(self._core)
             self._adopt(given)
             _fork.register(self._core)
             self._closed = False  # last: what is interrupted before was never open
         except BaseException:
             blocks.abandon()
+            if hasattr(self, "_core") and self._core.warm is not None:
+                self._core.warm.close()
             if hasattr(self, "_mapping"):
                 self._mapping.abandon()
             raise
@@ -616,6 +648,64 @@ class Region:
                 mended += sum(n for _, n in error.discarded)
         return mended
 
+    def flush(
+        self,
+        *,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        deadline: float | None = None,
+    ) -> int:
+        """Discards what `unplug_delay` has put off, now.
+
+        Args:
+            progress: As for `unplug`; so are `cancel` and `deadline`.
+            cancel: When it is set, it stops; the rest stays pending.
+            deadline: Seconds from now.
+
+        Returns:
+            Bytes.
+
+        Raises:
+            DiscardError: The kernel failed, now or when it was done in passing since
+                the last time; the blocks are tainted.
+            OperationCancelledError: It was cancelled.
+            DeadlineError: It took too long.
+            RegionClosedError: It is closed.
+        """
+        self._core.blocks.check_open()
+        done, deferral = flush(self._core, _control(progress, cancel, deadline)), self._core.deferral
+        if deferral is not None and deferral.failure is not None:
+            failure, deferral.failure = deferral.failure, None
+            raise failure
+        return done
+
+    def refill(
+        self,
+        *,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        deadline: float | None = None,
+    ) -> int:
+        """Fills the warm pool up again; best when there is nothing else to do.
+
+        Args:
+            progress: As for `plug`; so are `cancel` and `deadline`.
+            cancel: When it is set, it stops; the pool is as before.
+            deadline: Seconds from now.
+
+        Returns:
+            Bytes that were populated; 0 without a pool.
+
+        Raises:
+            BackendExhaustedError: There is not so much memory.
+            PopulateError: The kernel failed otherwise.
+            OperationCancelledError: It was cancelled.
+            DeadlineError: It took too long.
+            RegionClosedError: It is closed.
+        """
+        self._core.blocks.check_open()
+        return refill(self._core, _control(progress, cancel, deadline))
+
     def _plug(self, runs: Runs, exist_ok: bool, control: Control) -> int:
         return execute(Plug(self._core, Claim(self._core.blocks, runs), strict=not exist_ok, control=control))
 
@@ -704,7 +794,8 @@ class Region:
         return Stats(
             size=self._size,
             plugged_size=counts.plugged * block,
-            pending_size=0,
+            pending_size=counts.pending * block,
+            warm_size=self._core.warm.ready if self._core.warm is not None else 0,
             tainted_size=counts.tainted * block,
             busy_size=counts.busy * block,
             views=counts.pins,
@@ -759,11 +850,24 @@ class Region:
 
     def _close(self, *, force: bool) -> None:
         if not self._closed:
+            self._flush_last(force)
             # Closed already: another thread was faster, or the parent process owns it.
             with contextlib.suppress(RegionClosedError):
                 execute(Whole(self._core, self._core.listeners, "on_unplug", close=True, force=force))
             self._closed = True
+        if self._core.warm is not None:
+            self._core.warm.close()
         self._mapping.close()
+
+    def _flush_last(self, force: bool) -> None:
+        """What is pending goes before the region does: a file or a peer may outlive it."""
+        try:
+            with contextlib.suppress(RegionClosedError):
+                self.flush()
+        except DiscardError:
+            if not force:
+                raise
+            _log.debug("a late discard failed as the region closed", exc_info=True)
 
     def __enter__(self) -> Self:
         self._core.blocks.check_open()
@@ -810,6 +914,15 @@ class Region:
             f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, threads={self._threads}, "
             f"name={self._name!r}), {state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
         )
+
+
+def _deferrable(deferral: Deferral | None, mapping: Mapping) -> Deferral | None:
+    """The deferral, where blocks can be made fresh without a discard."""
+    if deferral is not None:
+        require_discard(mapping)
+        if mapping.fresh != "zero":
+            raise UnsupportedError("unplug_delay needs blocks that start as zeroes: a template's content is the file's")
+    return deferral
 
 
 def _reserve(backend: Backend, request: Request) -> Mapping:

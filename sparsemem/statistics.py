@@ -15,6 +15,7 @@ class Stats:
         size: The reservation.
         plugged_size: What is plugged.
         pending_size: What is unplugged but not yet discarded.
+        warm_size: What the warm pool holds ready.
         tainted_size: What an earlier failure left in an unknown state.
         busy_size: What operations in flight hold.
         views: Views that are alive.
@@ -32,6 +33,7 @@ class Stats:
     size: int
     plugged_size: int
     pending_size: int
+    warm_size: int
     tainted_size: int
     busy_size: int
     views: int
@@ -78,6 +80,10 @@ class Tally:
     def unplugged(self, size: int, calls: int, seconds: float) -> None:
         """Counts an unplug that succeeded."""
         self._add(unplugs=1, unplugged_bytes=size, system_calls=calls, seconds=seconds)
+
+    def flushed(self, calls: int, seconds: float) -> None:
+        """Counts the discard of what was unplugged before."""
+        self._add(system_calls=calls, seconds=seconds)
 
     def failed(self, *, rolled_back: bool, unplugged: int = 0) -> None:
         """Counts an operation that did not come to its end, and the bytes that an unplug gave back before."""

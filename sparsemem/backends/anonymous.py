@@ -8,9 +8,10 @@ from attrs import field, frozen
 
 from sparsemem._sys import lib
 from sparsemem.backends.base import Backend, Request
-from sparsemem.backends.kernel import Area, KernelMapping, check_strategy, page_flags
+from sparsemem.backends.kernel import Area, KernelMapping, page_flags
 from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.pages import block_size_for, huge_text, resolve_page_size
+from sparsemem.backends.strategies import check_strategy
 from sparsemem.backends.text import options_text
 from sparsemem.recipes import Kind
 from sparsemem.units import Size
@@ -26,7 +27,7 @@ class Anonymous(Backend):
             default size, or a size such as "2M" or "1G".
         thp: Transparent huge pages: None is on for blocks of at least a huge
             page and off for smaller ones, True insists, False forbids.
-        strategy: How to populate: "auto", "populate_write" or "futex".
+        strategy: How to populate, by name; see `sparsemem.recipes.STRATEGIES`.
     """
 
     shared: bool = field(default=False, validator=switch)

@@ -141,6 +141,11 @@ class Mapping(abc.ABC):
         """As `populate`, but keeps content that is there.  For `Region.populate`."""
         self.populate(offset, length)
 
+    def recycle(self, offset: int, length: int) -> None:
+        """Makes populated memory fresh again: cheaper, where that can be, than to give it back and take it anew."""
+        self.discard(offset, length)
+        self.populate(offset, length)
+
     def discard(self, offset: int, length: int) -> None:
         """Gives the range's memory back to where it came from; content is lost.
 
@@ -186,10 +191,18 @@ class Mapping(abc.ABC):
         """Closes a mapping whose region came to nothing: as if it had never been."""
         self.close()
 
+    def spare(self, size: int) -> Mapping:
+        """Other memory of the same sort, whose pages can be moved into this one: for a warm pool."""
+        raise UnsupportedError("a warm pool needs private anonymous memory: nothing else can be moved")
+
+    def draw_from(self, warm: Any) -> None:
+        """Lets plugs take pages from a pool (an `sm_warm`) of what `spare` gave."""
+        raise NotImplementedError
+
     # ---- the engine's side ----------------------------------------------------------
 
     def prepare(self, job: Any, operation: str) -> None:  # noqa: B027 - a hook
-        """Fills in what `advance` needs; `operation` is populate, repopulate or discard."""
+        """Fills in what `advance` needs; `operation` is populate, repopulate, recycle or discard."""
 
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:
         """Works on a job's runs from its cursor, a chunk at a time, as sm_advance() does."""

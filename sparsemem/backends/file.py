@@ -17,9 +17,10 @@ from sparsemem._sys.files import PAGE_SIZE
 from sparsemem.backends.adopted import adopt_file, adopt_mapping, fit_size, kind_of
 from sparsemem.backends.allocated import check_existing
 from sparsemem.backends.base import Backend, Request
-from sparsemem.backends.kernel import Area, KernelMapping, OwnFile, check_strategy
+from sparsemem.backends.kernel import Area, KernelMapping, OwnFile
 from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.pages import block_size_for
+from sparsemem.backends.strategies import check_strategy
 from sparsemem.backends.text import options_text
 from sparsemem.errors import ReserveError
 from sparsemem.recipes import Kind
@@ -54,7 +55,7 @@ class File(Backend):
             that was there before stays.
         thp: Transparent huge pages; see `Anonymous`.
         follow_symlinks: Open what a symbolic link points to.
-        strategy: How to populate: "auto", "populate_write" or "futex".
+        strategy: How to populate, by name; see `sparsemem.recipes.STRATEGIES`.
     """
 
     path: str | None = field(default=None, converter=_path_text)

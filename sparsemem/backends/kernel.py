@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from sparsemem._sys import calls as _calls
 from sparsemem._sys import ffi, lib, probe, residency, uffd
@@ -25,30 +25,15 @@ from sparsemem._sys.inheritance import keep_place
 from sparsemem._sys.uffd import Userfaultfd
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
+from sparsemem.backends.strategies import UFFD, check_strategy, choose_strategy
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
-from sparsemem.recipes import (
-    COLLAPSE,
-    FASTEST,
-    FUTEX,
-    POPULATE_WRITE,
-    RECIPES,
-    STRATEGIES,
-    TOUCH,
-    UFFD_COPY,
-    UFFD_ZEROPAGE,
-    Evidence,
-    Inheritance,
-    Kind,
-    Step,
-)
+from sparsemem.recipes import POPULATE_WRITE, RECIPES, Evidence, Inheritance, Kind, Step
 from sparsemem.units import exact_size
 
 _log = logging.getLogger("sparsemem")
 
 STEP_CODES = {step: getattr(lib, f"SM_STEP_{step.name}") for step in Step}
 
-
-_UFFD = (UFFD_COPY, UFFD_ZEROPAGE)
 
 _NO_TOTAL = (Kind.TEMPLATE, Kind.SECRET, Kind.DISK_SHARED, Kind.DISK_PRIVATE)
 
@@ -114,47 +99,6 @@ def page_flags(page_size: int) -> int:
     return (page_size.bit_length() - 1) << int(lib.MAP_HUGE_SHIFT)
 
 
-def check_strategy(strategy: str) -> str:
-    """The strategy, or a ValueError that lists them."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is none of {', '.join(map(repr, STRATEGIES))}")
-    return strategy
-
-
-def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool) -> str:
-    """The strategy by name; `auto` is the best that works here.
-
-    Raises:
-        UnsupportedError: The kernel or the kind of mapping has no such way.
-    """
-    possible = RECIPES[kind].ways(huge=huge)
-    if wanted == "auto":
-        return next(way for way in FASTEST[huge] if way in possible and not _missing(way, kind, calls))
-    if wanted not in possible:
-        pages = "huge" if huge else "small"
-        raise UnsupportedError(
-            f"strategy {wanted!r} does not work on {kind.value} with {pages} pages: only {', '.join(possible)}"
-        )
-    missing = _missing(wanted, kind, calls)
-    if missing:
-        raise UnsupportedError(f"strategy {wanted!r} does not work here: {missing}")
-    return wanted
-
-
-def _missing(strategy: str, kind: Kind, calls: Calls) -> str:
-    """What the kernel lacks for a strategy, or ""."""
-    if strategy in (FUTEX, TOUCH):
-        return ""
-    if not probe.populate_write(calls):
-        return "this kernel has no MADV_POPULATE_WRITE (Linux 5.14); strategy='futex' works"
-    if strategy == COLLAPSE and not probe.collapse(calls):
-        return "MADV_COLLAPSE does not make huge pages of shared memory (Linux 6.1; not with shmem_enabled=deny)"
-    if strategy in _UFFD:
-        fills = probe.uffd_copy if kind is Kind.ANONYMOUS_PRIVATE else probe.uffd_shmem
-        return "" if fills(calls) else "no userfaultfd that fills such memory may be had (Linux 5.11 and 5.19)"
-    return ""
-
-
 class KernelMapping(Mapping):
     """Address space reserved with mmap(MAP_NORESERVE)."""
 
@@ -172,6 +116,8 @@ class KernelMapping(Mapping):
         self.fork_inherits = request.fork == "inherit"
         # Not where something stands in the kernel's place: that must see every call.
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
+        self._request = request
+        self._warm: Any = ffi.NULL
         self._vectored = self.page_size == PAGE_SIZE and probe.vectored(self._calls)
         self._fd = area.fd
         self._unlink = area.unlink
@@ -265,15 +211,19 @@ class KernelMapping(Mapping):
     def _register(self, strategy: str) -> None:
         """Lets userfaultfd fill the memory, which somebody else's may have by now."""
         self._uffd: Userfaultfd | None = None
-        if self.strategy not in _UFFD:
+        if self.strategy not in UFFD:
             return
         try:
-            self._uffd = uffd.shared(self._calls)
-            self._uffd.register(self._address, self.size)
+            self._uffd = self._registered()
         except OSError as error:
             if strategy != "auto":
                 raise ReserveError(error.errno, f"userfaultfd refuses the mapping: {error.strerror}") from error
-            self._uffd, self.strategy = None, POPULATE_WRITE
+            self.strategy = POPULATE_WRITE
+
+    def _registered(self) -> Userfaultfd:
+        found = uffd.shared(self._calls)
+        found.register(self._address, self.size)
+        return found
 
     def _advise(self, request: Request) -> None:
         """Options of the whole mapping; for single blocks they would split it into many."""
@@ -317,8 +267,9 @@ class KernelMapping(Mapping):
 
     def prepare(self, job: Any, operation: str) -> None:
         steps = {
-            "populate": self.recipe.populate(self.strategy, huge=self.huge),
+            "populate": self.recipe.populate(self.strategy, huge=self.huge, warm=bool(self._warm)),
             "repopulate": self.recipe.again(self.strategy),
+            "recycle": self.recipe.recycle(self.strategy),
             "discard": self.recipe.discard or self.recipe.cleanse,
         }[operation]
         job.base = ffi.cast("char *", self._address)
@@ -327,12 +278,37 @@ class KernelMapping(Mapping):
         job.huge = self.granule
         job.vectored = self._vectored
         job.uffd = ffi.NULL if self._uffd is None else self._uffd.c
+        job.warm = self._warm
         job.nsteps = len(steps)
         for i, step in enumerate(steps):
             job.steps[i] = STEP_CODES[step]
 
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:
         return self._calls.advance(job, budget_ns)
+
+    def spare(self, size: int) -> KernelMapping:
+        if self.kind is not Kind.ANONYMOUS_PRIVATE:
+            raise UnsupportedError(
+                f"a warm pool needs private anonymous memory: {self.kind.value} memory cannot be moved"
+            )
+        if not probe.uffd_move(self._calls):
+            raise UnsupportedError("a warm pool needs UFFDIO_MOVE (Linux 6.8), which does not work here")
+        if self._uffd is None:
+            try:
+                self._uffd = self._registered()
+            except OSError as error:
+                raise ReserveError(error.errno, f"userfaultfd refuses the mapping: {error.strerror}") from error
+        request = evolve(self._request, size=size, name=f"{self._request.name}-warm"[:79], fork="refuse", plugged=())
+        area = Area(
+            kind=self.kind,
+            flags=lib.MAP_PRIVATE | lib.MAP_ANONYMOUS,
+            page_size=self.page_size,
+            thp=self.thp,
+        )
+        return KernelMapping(area, request, self.strategy)
+
+    def draw_from(self, warm: Any) -> None:
+        self._warm = warm
 
     # ---- what is there ------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ from sparsemem._sys.descriptor import Descriptor
 from sparsemem.backends.adopted import adopt_mapping, fit_size, kind_of
 from sparsemem.backends.allocated import check_existing
 from sparsemem.backends.base import Backend, Request
-from sparsemem.backends.kernel import Area, KernelMapping, check_strategy, page_flags, reserving
+from sparsemem.backends.kernel import Area, KernelMapping, page_flags, reserving
 from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.pages import block_size_for, huge_text, resolve_page_size
+from sparsemem.backends.strategies import check_strategy
 from sparsemem.backends.text import options_text
 from sparsemem.recipes import Kind
 from sparsemem.units import Size
@@ -36,7 +37,7 @@ class Memfd(Backend):
         fd: Adopt this memfd instead of making one.  The descriptor is borrowed:
             it is duplicated, and stays open when the region closes.
         existing: As for `File`, for an adopted descriptor.
-        strategy: How to populate: "auto", "populate_write" or "futex".
+        strategy: How to populate, by name; see `sparsemem.recipes.STRATEGIES`.
     """
 
     shared: bool = field(default=True, validator=switch)

@@ -34,7 +34,8 @@ struct sm_blocks {
     pthread_cond_t changed;         /* a claim was finished                     */
     uint64_t nblocks, block_size;
     uint64_t *plugged, *busy, *tainted;
-    uint64_t nplugged, ntainted, nbusy;
+    uint64_t *pending;              /* unplugged, and still to be discarded     */
+    uint64_t nplugged, ntainted, nbusy, npending;
     int state;                      /* SM_OK, SM_CLOSED or SM_FORKED            */
     sm_claim *claims;               /* the open ones                            */
     sm_claim *exclusive;            /* a whole claim keeps all others out       */
@@ -134,6 +135,7 @@ static void unref(sm_blocks *b)
     sm_bits_free(b->plugged, b->nblocks);
     sm_bits_free(b->busy, b->nblocks);
     sm_bits_free(b->tainted, b->nblocks);
+    sm_bits_free(b->pending, b->nblocks);
     sm_bits_free(b->discarded, b->nblocks * b->pages_per_block);
     free(b);
 }
@@ -164,7 +166,8 @@ sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_si
     b->plugged = sm_bits_new(nblocks);
     b->busy = sm_bits_new(nblocks);
     b->tainted = sm_bits_new(nblocks);
-    if (!b->plugged || !b->busy || !b->tainted || init_sync(b)) {
+    b->pending = sm_bits_new(nblocks);
+    if (!b->plugged || !b->busy || !b->tainted || !b->pending || init_sync(b)) {
         unref(b);
         return NULL;
     }
@@ -188,7 +191,9 @@ const uint64_t *sm_blocks_plugged(const sm_blocks *b) { return b->plugged; }
 
 static const uint64_t *map_of(const sm_blocks *b, int which)
 {
-    return which == SM_MAP_PLUGGED ? b->plugged : which == SM_MAP_BUSY ? b->busy : b->tainted;
+    return which == SM_MAP_PLUGGED ? b->plugged
+         : which == SM_MAP_BUSY    ? b->busy
+         : which == SM_MAP_TAINTED ? b->tainted : b->pending;
 }
 
 int sm_blocks_state(sm_blocks *b) { return __atomic_load_n(&b->state, __ATOMIC_RELAXED); }
@@ -196,7 +201,7 @@ int sm_blocks_state(sm_blocks *b) { return __atomic_load_n(&b->state, __ATOMIC_R
 void sm_blocks_counts(sm_blocks *b, sm_counts *out)
 {
     lock(b);
-    *out = (sm_counts){b->nplugged, b->ntainted, b->nbusy, 0, 0};
+    *out = (sm_counts){b->nplugged, b->ntainted, b->nbusy, b->npending, 0, 0};
     for (sm_pin *pin = b->pins; pin; pin = pin->next)
         out->pins++;
     for (sm_claim *claim = b->claims; claim; claim = claim->next)
@@ -480,6 +485,8 @@ static int check_state(const sm_blocks *b, const sm_run *run, int want, int stri
         if (*where != end)
             return SM_TAINTED;
     }
+    if (want == SM_PENDING_ONLY)    /* which of them still are is asked afterwards */
+        return SM_OK;
     if (want == SM_TAINTED_ONLY) {
         *where = sm_bits_next(b->tainted, run->first, end, 0);
         return *where == end ? SM_OK : SM_STATE;
@@ -699,6 +706,12 @@ uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *o, int close_map)
         fill(b->plugged, &b->nplugged, o->unplugged, o->nunplugged, 0);
         fill(b->tainted, &b->ntainted, o->tainted, o->ntainted, 1);
         fill(b->tainted, &b->ntainted, o->healed, o->nhealed, 0);
+        if (b->npending) {      /* none of these are any more */
+            fill(b->pending, &b->npending, o->plugged, o->nplugged, 0);
+            fill(b->pending, &b->npending, o->unplugged, o->nunplugged, 0);
+            fill(b->pending, &b->npending, o->tainted, o->ntainted, 0);
+        }
+        fill(b->pending, &b->npending, o->pending, o->npending, 1);
         forget_discarded(b, o->plugged, o->nplugged);
         forget_discarded(b, o->unplugged, o->nunplugged);
     }

@@ -255,7 +255,9 @@ static int all_steps(sm_job *job, int self, unsigned most)
     unsigned n = gather(job, most, ranges, &total);
 
     job->begun = moved(job, job->at, total);
-    for (unsigned i = 0; i < job->nsteps; i++) {
+    job->warmed = 0;
+    /* What came from the warm pool is populated: no step is left for it. */
+    for (unsigned i = 0; i < job->nsteps && job->warmed < total; i++) {
         int error = step_over(job, self, job->steps[i], ranges, n, total, &did);
         if (error == -EINTR)
             return error;

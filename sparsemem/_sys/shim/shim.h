@@ -59,9 +59,10 @@ typedef struct {
     uint64_t used;
 } sm_budget;
 
-/* ---- blocks: plugged, busy and tainted, with claims and pins ------------------ */
+/* ---- blocks: plugged, busy, tainted and pending, with claims and pins --------- */
 
-enum { SM_TO_PLUGGED, SM_TO_UNPLUGGED, SM_WITHIN_PLUGGED, SM_TAINTED_ONLY, SM_WHOLE };
+enum { SM_TO_PLUGGED, SM_TO_UNPLUGGED, SM_WITHIN_PLUGGED, SM_TAINTED_ONLY, SM_PENDING_ONLY,
+       SM_WHOLE };
 
 typedef struct sm_blocks sm_blocks;
 
@@ -76,12 +77,12 @@ typedef struct sm_claim {
 } sm_claim;
 
 typedef struct {            /* what an operation has come to            */
-    const sm_run *plugged, *unplugged, *tainted, *healed;
-    size_t nplugged, nunplugged, ntainted, nhealed;
+    const sm_run *plugged, *unplugged, *tainted, *healed, *pending;
+    size_t nplugged, nunplugged, ntainted, nhealed, npending;
 } sm_outcome;
 
 typedef struct {
-    uint64_t plugged, tainted, busy, pins, claims;
+    uint64_t plugged, tainted, busy, pending, pins, claims;
 } sm_counts;
 
 sm_blocks *sm_blocks_new(uint64_t nblocks, uint64_t block_size, uint64_t page_size);
@@ -101,7 +102,7 @@ int sm_blocks_adopt(sm_blocks *blocks, const sm_run *runs, size_t nruns);
 void sm_blocks_after_fork(sm_blocks *blocks, int refuse, uint64_t owner);
 int sm_blocks_state(sm_blocks *blocks);
 
-enum { SM_MAP_PLUGGED, SM_MAP_BUSY, SM_MAP_TAINTED };
+enum { SM_MAP_PLUGGED, SM_MAP_BUSY, SM_MAP_TAINTED, SM_MAP_PENDING };
 
 sm_claim *sm_claim_new(const sm_run *runs, size_t nruns);
 void sm_claim_drop(sm_claim *claim);
@@ -130,7 +131,7 @@ enum {                      /* the steps that recipes are made of       */
     SM_STEP_DONTNEED = 1, SM_STEP_REMOVE, SM_STEP_PUNCH, SM_STEP_FALLOCATE,
     SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO,
     SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE,
-    SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_COUNT
+    SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_MOVE, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
@@ -156,6 +157,19 @@ typedef struct {            /* a userfaultfd, of one process            */
 int sm_uffd_open(sm_uffd *uffd);
 int64_t sm_uffd_register(const sm_uffd *uffd, uint64_t address, uint64_t length);
 void sm_uffd_close(sm_uffd *uffd);
+
+typedef struct {            /* populated pages, ready to be moved       */
+    char *base;
+    uint64_t size;
+    uint64_t ready;         /* bytes from base on that are populated    */
+    uint64_t unit;          /* the largest page                         */
+    int held;               /* somebody takes from it or fills it       */
+} sm_warm;
+
+typedef struct { sm_warm *warm; } sm_hold;
+
+int sm_hold_take(sm_hold *hold, sm_warm *warm);
+void sm_hold_release(sm_hold *hold);
 
 typedef struct {            /* a place in a job's runs                  */
     size_t run;
@@ -185,6 +199,8 @@ typedef struct {
     unsigned steps[6];
     sm_crew *crew;          /* NULL if one thread does all              */
     const sm_uffd *uffd;    /* or NULL                                  */
+    sm_warm *warm;          /* or NULL                                  */
+    uint64_t warmed;        /* bytes of this chunk that came from there */
     sm_fault *fault;        /* NULL but in tests                        */
 } sm_job;
 

@@ -25,6 +25,10 @@
 #ifndef MLOCK_ONFAULT
 #define MLOCK_ONFAULT 1
 #endif
+#ifndef UFFDIO_MOVE
+struct uffdio_move { __u64 dst, src, len, mode; __s64 move; };
+#define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
+#endif
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
@@ -104,6 +108,23 @@ static int touch(char *at, uint64_t length, uint64_t page, uint64_t *calls)
     return error;
 }
 
+/* Zeroes populated memory; as a read, so that a page that is gone all the same is EFAULT. */
+static int zero(char *at, uint64_t length, uint64_t *calls)
+{
+    int zeroes = open("/dev/zero", O_RDONLY | O_CLOEXEC), error = zeroes < 0 ? -errno : 0;
+
+    for (uint64_t done = 0; !error && done < length; ++*calls) {
+        ssize_t got = read(zeroes, at + done, length - done);
+        if (got < 0)
+            error = -errno;
+        else
+            done += (uint64_t)got;
+    }
+    if (zeroes >= 0)
+        close(zeroes);
+    return error;
+}
+
 /*
  * Fills pages through userfaultfd, with zeroes: cheaper than a fault a page.  The
  * mapping is registered for write protection, which nothing here uses: for that mode
@@ -137,6 +158,38 @@ static int uffd_populate(sm_job *job, char *at, uint64_t length, int zeropage)
         return 0;
     job->calls += again > 0;
     return result(madvise(at + done, length - done, MADV_POPULATE_WRITE));
+}
+
+/*
+ * Moves pages that are ready, if there are enough; else the steps that follow do it all,
+ * as for whoever finds the pool in use.  It comes before the reset: the kernel itself
+ * refuses where there is anything in the target (EEXIST), a stray write or the zero page.
+ */
+static void move_in(sm_job *job, char *at, uint64_t length)
+{
+    sm_warm *w = job->warm;
+    const sm_uffd *u = job->uffd;
+
+    if (!w || !u || u->pid != getpid() || __atomic_exchange_n(&w->held, 1, __ATOMIC_ACQUIRE))
+        return;
+    uint64_t done = 0;
+    int failed = length > w->ready || length % w->unit;
+
+    if (!failed)
+        w->ready -= length;     /* whatever comes of it, nobody takes these again */
+    while (!failed && done < length) {
+        struct uffdio_move move = {.dst = (uintptr_t)at + done, .len = length - done,
+                                   .src = (uintptr_t)w->base + w->ready + done};
+
+        failed = ioctl(u->fd, UFFDIO_MOVE, &move) && errno != EAGAIN;
+        job->calls += done > 0;
+        if (move.move > 0)
+            done += (uint64_t)move.move;
+        else
+            failed = 1;     /* EAGAIN that has done nothing: not worth a wait */
+    }
+    job->warmed += done;
+    __atomic_store_n(&w->held, 0, __ATOMIC_RELEASE);
 }
 
 /*
@@ -196,13 +249,15 @@ int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
         return uffd_populate(job, at, length, 0);
     case SM_STEP_UFFD_ZEROPAGE:
         return uffd_populate(job, at, length, 1);
+    case SM_STEP_MOVE:
+        move_in(job, at, length);
+        return 0;
     case SM_STEP_TOUCH:
         return touch(at, length, job->page, &job->calls);
     case SM_STEP_FUTEX:
         return futex_populate(at, length, job->page, &job->calls, &job->reached);
     case SM_STEP_ZERO:
-        memset(at, 0, length);          /* only ever after FUTEX, on its pages */
-        return 0;
+        return zero(at, length, &job->calls);
     default:
         return -EINVAL;
     }
