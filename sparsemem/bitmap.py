@@ -34,6 +34,12 @@ def fit_code(fit: str) -> int:
         raise ValueError(f"fit {fit!r} is none of {', '.join(map(repr, FITS))}") from None
 
 
+def pairs(array: Any, n: int) -> Iterator[Run]:
+    """The runs of a C array as tuples; a quarter of the time that its elements take one by one."""
+    numbers = iter(memoryview(ffi.buffer(array, n * ffi.sizeof("sm_run"))).cast("Q").tolist() if n else ())
+    return zip(numbers, numbers, strict=False)
+
+
 class Bitmap:
     """`nbits` bits, all clear at first.
 
@@ -79,8 +85,7 @@ class Bitmap:
         out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
         while following[0] < stop:
             n = lib.sm_bits_runs(self._words, following[0], stop, value, out, CHUNK, following)
-            for run in out[0:n]:
-                yield run.first, run.count
+            yield from pairs(out, n)
 
     def buffer(self) -> memoryview:
         """The bytes, read-only and shared: bit n is bit n % 8 of byte n // 8."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from sparsemem._sys import ffi, lib
-from sparsemem.bitmap import CHUNK, fit_code, share
+from sparsemem.bitmap import CHUNK, fit_code, pairs, share
 from sparsemem.budget import Budget
 from sparsemem.errors import (
     BlockStateError,
@@ -30,6 +30,12 @@ from sparsemem.runs import EMPTY, Runs, normalise
 # How long one call waits for blocks that somebody else holds, before Python gets
 # to look at signals.
 _WAIT_MS = 50
+
+
+# Runs that may come into being between counting and fetching them.
+_SPARE_RUNS = 64
+
+_uninitialised = ffi.new_allocator(should_clear_after_alloc=False)
 
 
 class Want(enum.IntEnum):
@@ -97,8 +103,18 @@ class BlockMap:
         out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
         while following[0] < stop:
             n = lib.sm_blocks_runs(self.c, which, value, following[0], stop, out, CHUNK, following)
-            for run in out[0:n]:
-                yield run.first, run.count
+            yield from pairs(out, n)
+
+    def runs_array(self, which: Map, value: bool) -> memoryview:
+        """The same at one moment, as an array of uint64, two a run."""
+        n = following = 0
+        while following < self.nblocks:
+            room = int(lib.sm_blocks_count_runs(self.c, which, value)) + _SPARE_RUNS
+            out, next_one = _uninitialised("sm_run[]", room), ffi.new("uint64_t *")
+            n = int(lib.sm_blocks_runs(self.c, which, value, 0, self.nblocks, out, room, next_one))
+            following = int(next_one[0])  # before the end if so many came into being meanwhile
+        # Through a view, and cut to size there: a buffer of no bytes cannot be cast.
+        return memoryview(ffi.buffer(out)).cast("Q")[: 2 * n]
 
     def find(self, count: int, align: int, fit: str) -> int | None:
         """A run that could be plugged now: not plugged, not busy, not tainted."""
@@ -138,8 +154,7 @@ class BlockMap:
         out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
         while following[0] < stop:
             n = lib.sm_blocks_discarded_runs(self.c, following[0], stop, out, CHUNK, following)
-            for run in out[0:n]:
-                yield run.first, run.count
+            yield from pairs(out, n)
 
     # ---- pins and fork --------------------------------------------------------------------
 

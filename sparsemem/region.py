@@ -369,6 +369,18 @@ class Region:
         """Maximal ascending `(first, count)` runs of unplugged blocks; see `plugged_runs`."""
         return self._core.blocks.runs(Map.PLUGGED, False)
 
+    def plugged_array(self) -> memoryview:
+        """The runs of plugged blocks as a flat array of uint64: first, count, first, count...
+
+        Taken at one moment.  For numpy: `np.asarray(region.plugged_array()).reshape(-1, 2)`,
+        which shares the memory, and which `plug_runs` and `unplug_runs` take as it is.
+        """
+        return self._core.blocks.runs_array(Map.PLUGGED, True)
+
+    def unplugged_array(self) -> memoryview:
+        """The runs of unplugged blocks; see `plugged_array`."""
+        return self._core.blocks.runs_array(Map.PLUGGED, False)
+
     def tainted_runs(self) -> Iterator[Run]:
         """Maximal ascending runs of blocks that an earlier failure left in an unknown state."""
         return self._core.blocks.runs(Map.TAINTED, True)

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, SupportsIndex, Union
 
 from sparsemem._sys import ffi, lib
+from sparsemem.bitmap import pairs
 from sparsemem.errors import BlockRangeError, Run
 
 RunsInput = Union["Runs", Iterable["tuple[SupportsIndex, SupportsIndex]"], memoryview, Any]
@@ -34,8 +35,7 @@ class Runs:
         return self.n
 
     def __iter__(self) -> Iterator[Run]:
-        for run in self.array[0 : self.n]:
-            yield run.first, run.count
+        return pairs(self.array, self.n)
 
     def __repr__(self) -> str:
         return f"Runs({list(self)!r})"

@@ -51,6 +51,31 @@ def runs_of(bits: Any, value: int) -> list[tuple[int, int]]:
     return runs
 
 
+@given(pieces(500), st.booleans())
+def test_runs_come_as_an_array_too(changes: list[tuple[bool, int, int]], plugged: bool) -> None:
+    with Region(500 * 4096, block_size=4096, backend=Simulated()) as region:
+        for value, first, count in changes:
+            if value:
+                region.plug(first, count, exist_ok=True)
+            else:
+                region.unplug(first, count, missing_ok=True)
+        array = region.plugged_array() if plugged else region.unplugged_array()
+        runs = list(region.plugged_runs() if plugged else region.unplugged_runs())
+        assert array.tolist() == [number for run in runs for number in run]
+        asked = np.asarray(array).reshape(-1, 2)
+        if plugged and runs:
+            assert region.unplug_runs(asked) == sum(count for _, count in runs)
+
+
+def test_an_empty_bitmap_is_searched_in_no_time() -> None:
+    """First fit ends at the first place, not at the end of 2**36 bits."""
+    with Region("1P", block_size="64K", backend=Simulated()) as region:
+        assert region.find_unplugged(1) == 0
+        assert region.find_unplugged(100, align=64) == 0
+        region.plug(0)
+        assert region.find_unplugged(128, align=3) == 3
+
+
 @given(bitmaps())
 def test_the_bytes_are_bitarrays_little_endian_bytes(pair: tuple[Bitmap, bitarray]) -> None:
     ours, oracle = pair

@@ -226,6 +226,14 @@ size_t sm_blocks_runs(sm_blocks *b, int which, int value, uint64_t from, uint64_
     return n;
 }
 
+uint64_t sm_blocks_count_runs(sm_blocks *b, int which, int value)
+{
+    lock(b);
+    uint64_t n = bits_count_runs(map_of(b, which), b->nblocks, value);
+    unlock(b);
+    return n;
+}
+
 /* What may be plugged now: neither plugged nor in somebody's hands nor tainted.
  * The empty maps are left out, for they would only be read. */
 static bits_any taken(const sm_blocks *b)

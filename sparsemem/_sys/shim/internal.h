@@ -17,6 +17,9 @@ typedef struct {
 uint64_t bits_any_next(const bits_any *bits, uint64_t from, uint64_t to, int value);
 size_t bits_any_runs(const bits_any *bits, uint64_t from, uint64_t to, int value,
                      sm_run *out, size_t capacity, uint64_t *next);
+/* How many maximal runs of that value there are in the first nbits. */
+uint64_t bits_count_runs(const uint64_t *words, uint64_t nbits, int value);
+
 int bits_any_find(const bits_any *bits, uint64_t nbits, uint64_t count, uint64_t align,
                   int fit, uint64_t *where);
 

@@ -94,6 +94,7 @@ void sm_blocks_counts(sm_blocks *blocks, sm_counts *out);
 uint64_t sm_blocks_count(sm_blocks *blocks, int which, uint64_t first, uint64_t count);
 size_t sm_blocks_runs(sm_blocks *blocks, int which, int value, uint64_t from, uint64_t to,
                       sm_run *out, size_t capacity, uint64_t *next);
+uint64_t sm_blocks_count_runs(sm_blocks *blocks, int which, int value);
 int sm_blocks_find(sm_blocks *blocks, uint64_t count, uint64_t align, int fit, uint64_t *where);
 int sm_blocks_mark_pages(sm_blocks *blocks, uint64_t first, uint64_t count, int discarded);
 size_t sm_blocks_discarded_runs(sm_blocks *blocks, uint64_t from, uint64_t to, sm_run *out,
