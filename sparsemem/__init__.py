@@ -14,7 +14,7 @@ if sys.platform != "linux":
 
 from sparsemem import backends
 from sparsemem.audit import Audit
-from sparsemem.backends import Anonymous, File, Memfd, Secret, Simulated
+from sparsemem.backends import Anonymous, File, Memfd, Secret, Simulated, Tmpfs
 from sparsemem.budget import Budget
 from sparsemem.errors import (
     BackendExhaustedError,
@@ -69,6 +69,7 @@ __all__ = [
     "SnapshotError",
     "SparseMemError",
     "Stats",
+    "Tmpfs",
     "UnsupportedError",
     "ViewsAliveError",
     "__version__",

@@ -15,11 +15,11 @@ import attrs
 from attrs import Factory, define, frozen
 
 from sparsemem._sys import calls as _calls
-from sparsemem._sys import files, lib, probe, residency
+from sparsemem._sys import files, lib, residency, tmpfs
 from sparsemem.backends import File, Memfd, Secret, Simulated
 from sparsemem.backends.base import Backend
 from sparsemem.errors import BackendExhaustedError, PopulateError, SparseMemError, UnsupportedError
-from sparsemem.region import Region
+from sparsemem.region import Progress, Region
 from sparsemem.survey import Candidate, reason, reserve
 from sparsemem.units import exact_size
 
@@ -141,8 +141,15 @@ def _slack(region: Region) -> int:
 # ---- a region's life -----------------------------------------------------------------------
 
 
-def demonstrate(candidate: Candidate, size: int, plug: int) -> Report:
-    """Takes one backend through its life; what cannot run says why."""
+def demonstrate(candidate: Candidate, size: int, plug: int, progress: Progress | None = None) -> Report:
+    """Takes one backend through its life; what cannot run says why.
+
+    Args:
+        candidate: The backend.
+        size: Bytes to reserve.
+        plug: Bytes to plug.
+        progress: Watches the large plug; see `Region.plug`.
+    """
     report = Report(candidate.name)
     try:
         backend = candidate.make()
@@ -163,7 +170,7 @@ def demonstrate(candidate: Candidate, size: int, plug: int) -> Report:
             return report
         count = max(3, min(plug // region.block_size, region.nblocks // 2))
         try:
-            _live(report, region, count)
+            _live(report, region, count, progress)
         except BackendExhaustedError as error:
             report.skipped = f"{exact_size(count * region.block_size)} cannot be had: {reason(error)}"
             report.steps.clear()
@@ -180,12 +187,12 @@ def _smaller(report: Report, region: Region, size: int, plug: int) -> Region:
     return region
 
 
-def _live(report: Report, region: Region, count: int) -> None:
+def _live(report: Report, region: Region, count: int, progress: Progress | None) -> None:
     slack = _slack(region)
     step = report.step(f"reserve {exact_size(region.size)}", region)
     step.check("uses no memory", step.used == 0)
 
-    region.plug(0, count)
+    region.plug(0, count, progress=progress)
     step = report.step(f"plug {_blocks(0, count)}", region)
     step.check("takes exactly the plugged bytes", 0 <= step.used - step.plugged <= slack)
 
@@ -286,7 +293,7 @@ def exhaust() -> Report:
 def _scarce() -> Iterator[_Scarce]:
     """A real limit of the kernel's that hurts nobody else."""
     room = 32 << 20
-    for make, how in ((probe.detached_tmpfs_file, "mounted nowhere"), (probe.user_tmpfs_file, "of a user namespace")):
+    for make, how in ((tmpfs.detached_file, "mounted nowhere"), (tmpfs.user_file, "of a user namespace")):
         try:
             fd = make(room)
         except OSError:

@@ -28,7 +28,7 @@ class Step(enum.Enum):
     FALLOCATE = "fallocate(FALLOC_FL_KEEP_SIZE)"
     POPULATE_WRITE = "madvise(MADV_POPULATE_WRITE)"
     LAST_PAGES = "madvise(MADV_POPULATE_WRITE) on the last small page of each huge page"
-    FIRST_PAGES = "fallocate(FALLOC_FL_KEEP_SIZE) of the first small page of each huge page"
+    FIRST_PAGES = "madvise(MADV_POPULATE_WRITE) on the first small page of each huge page"
     COLLAPSE = "madvise(MADV_COLLAPSE)"
     UFFD_COPY = "ioctl(UFFDIO_COPY) of zeroes"
     UFFD_ZEROPAGE = "ioctl(UFFDIO_ZEROPAGE)"
@@ -196,9 +196,7 @@ RECIPES: Mapping[Kind, Recipe] = {
         _FILL, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.WIPED, bridge=_WALK, huge=_LAST_FIRST
     ),
     # No descriptor to punch, and DONTNEED only drops the page tables.
-    Kind.ANONYMOUS_SHARED: Recipe(
-        _FILL_SHMEM, (Step.REMOVE,), Evidence.PAGE_CACHE, Inheritance.SHARED, huge=_LAST_FIRST
-    ),
+    Kind.ANONYMOUS_SHARED: Recipe(_FILL_SHMEM, (Step.REMOVE,), Evidence.PAGE_CACHE, Inheritance.SHARED, huge=_COLLAPSE),
     # WIPEONFORK is EINVAL on hugetlb; a NORESERVE parent could SIGBUS on its
     # own write after a fork, so the child gets nothing.
     Kind.ANONYMOUS_HUGETLB: Recipe(

@@ -16,14 +16,12 @@ import attrs
 from attrs import frozen
 
 from sparsemem._sys import calls, files, lib, probe
-from sparsemem.backends import Anonymous, File, Memfd, Secret, Simulated
+from sparsemem.backends import Anonymous, File, Memfd, Secret, Simulated, Tmpfs
 from sparsemem.backends.base import Backend
 from sparsemem.errors import Cause, SparseMemError, UnsupportedError
-from sparsemem.recipes import FUTEX, POPULATE_WRITE
+from sparsemem.recipes import FUTEX, POPULATE_WRITE, RECIPES, Kind
 from sparsemem.region import Region
 from sparsemem.units import exact_size
-
-STRATEGIES = (POPULATE_WRITE, FUTEX)
 
 # What is answered where a mapping is too large for the machine, the user or the file.
 _TOO_LARGE = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EFBIG, errno.EINVAL, errno.ENOSPC})
@@ -39,24 +37,33 @@ class Candidate:
     Attributes:
         name: What people call it.
         make: Makes the backend; may raise what explains why it cannot be had.
+        kind: What it is to the kernel; None if it is not the kernel's.
         audited: Bytes that can be audited in good time; None is any number.
-        strategies: The ways to populate that are worth trying.
     """
 
     name: str
     make: Callable[[], Backend]
+    kind: Kind | None = None
     audited: int | None = None
-    strategies: tuple[str, ...] = STRATEGIES
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """The ways to populate that such a mapping may have."""
+        if self.kind is None:
+            return (self.name,)
+        # Of secret memory what is known to fail, too: a newer kernel may do it.
+        return (POPULATE_WRITE, FUTEX) if self.kind is Kind.SECRET else tuple(RECIPES[self.kind].ways(huge=True))
 
 
 @frozen
 class Finding:
-    """What came of trying one kind of mapping with one strategy."""
+    """What came of trying one kind of mapping with one strategy; `chosen` if `auto` takes it."""
 
     name: str
     strategy: str
     works: bool
     why: str = ""
+    chosen: bool = False
 
 
 # ---- what there is to try -----------------------------------------------------------------
@@ -70,27 +77,39 @@ def candidates() -> Iterator[list[Candidate]]:
         shm = _Folder(stack, "tmpfs", _on(lib.TMPFS_MAGIC, _tmpfses()))
         huge = _Folder(stack, "hugetlbfs", _on(lib.HUGETLBFS_MAGIC, files.mounts("hugetlbfs")))
         yield [
-            Candidate("anonymous private", lambda: Anonymous()),
+            Candidate("anonymous private", lambda: Anonymous(), Kind.ANONYMOUS_PRIVATE),
             Candidate(
                 "anonymous shared",
                 lambda: Anonymous(shared=True),
+                Kind.ANONYMOUS_SHARED,
                 audited=None if probe.opens_map_files() else _AUDITED_BY_PAGE,
             ),
-            Candidate("anonymous hugetlb", lambda: Anonymous(hugetlb=True)),
-            Candidate("anonymous hugetlb shared", lambda: Anonymous(hugetlb=True, shared=True)),
-            Candidate("memfd shared", lambda: Memfd()),
-            Candidate("memfd private", lambda: Memfd(shared=False)),
-            Candidate("memfd hugetlb shared", lambda: Memfd(hugetlb=True)),
-            Candidate("memfd hugetlb private", lambda: Memfd(hugetlb=True, shared=False)),
-            Candidate("tmpfs file shared", lambda: File(shm / "shared", delete=True)),
-            Candidate("tmpfs file private", lambda: File(shm / "private", shared=False, delete=True)),
-            Candidate("hugetlbfs file shared", lambda: File(huge / "shared", delete=True)),
-            Candidate("hugetlbfs file private", lambda: File(huge / "private", shared=False, delete=True)),
-            Candidate("disk file shared", lambda: File(disk / "shared", delete=True)),
-            Candidate("disk file private", lambda: File(disk / "private", shared=False, delete=True)),
-            Candidate("disk file template", lambda: File(_template(disk / "template"), shared=False)),
-            Candidate("memfd_secret", lambda: Secret()),
-            Candidate("simulated", lambda: Simulated(), strategies=("simulated",)),
+            Candidate("anonymous hugetlb", lambda: Anonymous(hugetlb=True), Kind.ANONYMOUS_HUGETLB),
+            Candidate(
+                "anonymous hugetlb shared", lambda: Anonymous(hugetlb=True, shared=True), Kind.ANONYMOUS_HUGETLB_SHARED
+            ),
+            Candidate("memfd shared", lambda: Memfd(), Kind.SHMEM_SHARED),
+            Candidate("memfd private", lambda: Memfd(shared=False), Kind.SHMEM_PRIVATE),
+            Candidate("memfd hugetlb shared", lambda: Memfd(hugetlb=True), Kind.HUGETLB_SHARED),
+            Candidate("memfd hugetlb private", lambda: Memfd(hugetlb=True, shared=False), Kind.HUGETLB_PRIVATE),
+            Candidate("tmpfs file shared", lambda: File(shm / "shared", delete=True), Kind.SHMEM_SHARED),
+            Candidate(
+                "tmpfs file private", lambda: File(shm / "private", shared=False, delete=True), Kind.SHMEM_PRIVATE
+            ),
+            Candidate("tmpfs of its own", lambda: Tmpfs(), Kind.SHMEM_SHARED),
+            Candidate("hugetlbfs file shared", lambda: File(huge / "shared", delete=True), Kind.HUGETLB_SHARED),
+            Candidate(
+                "hugetlbfs file private",
+                lambda: File(huge / "private", shared=False, delete=True),
+                Kind.HUGETLB_PRIVATE,
+            ),
+            Candidate("disk file shared", lambda: File(disk / "shared", delete=True), Kind.DISK_SHARED),
+            Candidate(
+                "disk file private", lambda: File(disk / "private", shared=False, delete=True), Kind.DISK_PRIVATE
+            ),
+            Candidate("disk file template", lambda: File(_template(disk / "template"), shared=False), Kind.TEMPLATE),
+            Candidate("memfd_secret", lambda: Secret(), Kind.SECRET),
+            Candidate("simulated", lambda: Simulated()),
         ]
 
 
@@ -176,13 +195,14 @@ def attempt(candidate: Candidate, strategy: str) -> Finding:
     """Reserves, plugs, writes, reads, unplugs and audits one block."""
     try:
         backend = candidate.make()
-        if isinstance(backend, (Anonymous, Memfd, File)):
+        if isinstance(backend, (Anonymous, Memfd, File, Tmpfs)):
             backend = attrs.evolve(backend, strategy=strategy)
         region, _ = reserve(backend, 1 << 30, 8 << 20)
         with region:
             problem, remark = _try_secret(region, strategy) if isinstance(backend, Secret) else ("", "")
             problem = problem or _try_block(region)
-            return Finding(candidate.name, strategy, not problem, problem or remark)
+            used = region.stats().strategy if strategy == "auto" else strategy
+            return Finding(candidate.name, used, not problem, problem or remark, chosen=strategy == "auto")
     except (SparseMemError, OSError, ValueError) as error:
         return Finding(candidate.name, strategy, False, reason(error))
 
@@ -226,9 +246,14 @@ def reason(error: BaseException) -> str:
 
 
 def survey() -> list[Finding]:
-    """Tries everything."""
+    """Tries everything: the way that `auto` takes and, if that works, all others."""
+    found = []
     with candidates() as known:
-        return [attempt(candidate, strategy) for candidate in known for strategy in candidate.strategies]
+        for candidate in known:
+            best = attempt(candidate, "auto")
+            others = candidate.strategies if best.works else ()
+            found += [best, *(attempt(candidate, name) for name in others if name != best.strategy)]
+    return found
 
 
 def machine() -> dict[str, object]:
@@ -252,4 +277,9 @@ def machine() -> dict[str, object]:
         "locked_memory_limit": probe.lockable(),
         "wipe_on_fork": probe.advises(kernel, lib.MADV_WIPEONFORK),
         "named_mappings": probe.names_mappings(kernel),
+        "vectored": probe.vectored(kernel),
+        "uffd_copy": probe.uffd_copy(kernel),
+        "uffd_shmem": probe.uffd_shmem(kernel),
+        "uffd_move": probe.uffd_move(kernel),
+        "collapse": probe.collapse(kernel),
     }

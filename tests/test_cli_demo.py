@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sparsemem import Anonymous, File, Memfd, PopulateError, Region, Secret, demonstration
-from sparsemem._sys import probe
+from sparsemem._sys import probe, tmpfs
 from sparsemem.demonstration import demonstrate
 from sparsemem.survey import Candidate
 from tests.support import accounting
@@ -224,13 +224,13 @@ def _refused(*_: Any) -> int:
     raise OSError(errno.EPERM, "not allowed")
 
 
-@pytest.mark.parametrize("refused", [(), ("detached_tmpfs_file",), ("detached_tmpfs_file", "user_tmpfs_file")])
+@pytest.mark.parametrize("refused", [(), ("detached_file",), ("detached_file", "user_file")])
 def test_something_real_is_exhausted_and_rolled_back(refused: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    if refused == ("detached_tmpfs_file",):  # the other way is built on it, in a child: only the caller's is refused
-        monkeypatch.setattr(probe, "user_tmpfs_file", _made_by(probe.detached_tmpfs_file, probe.user_tmpfs_file))
+    if refused == ("detached_file",):  # the other way is built on it, in a child: only the caller's is refused
+        monkeypatch.setattr(tmpfs, "user_file", _made_by(tmpfs.detached_file, tmpfs.user_file))
     for name in refused:
-        if name == "detached_tmpfs_file" or len(refused) > 1:
-            monkeypatch.setattr(probe, name, _refused)
+        if name == "detached_file" or len(refused) > 1:
+            monkeypatch.setattr(tmpfs, name, _refused)
     report = demonstration.exhaust()
     assert all(check.ok for check in report.checks), report
     claims = [check.claim for check in report.checks]
@@ -239,11 +239,11 @@ def test_something_real_is_exhausted_and_rolled_back(refused: tuple[str, ...], m
     assert report.steps[-1].used == report.steps[-1].plugged
 
 
-def _made_by(detached: Callable[[int], int], user: Callable[[int], int]) -> Callable[[int], int]:
-    def make(size: int) -> int:
+def _made_by(detached: Callable[..., int], user: Callable[..., int]) -> Callable[..., int]:
+    def make(size: int, huge: str = "never") -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probe, "detached_tmpfs_file", detached)
-            return user(size)
+            patch.setattr(tmpfs, "detached_file", detached)
+            return user(size, huge)
 
     return make
 
@@ -251,7 +251,7 @@ def _made_by(detached: Callable[[int], int], user: Callable[[int], int]) -> Call
 def test_an_unprivileged_user_gets_a_tmpfs_of_their_own() -> None:
     def child() -> tuple[int, int, bool]:
         try:
-            fd = probe.user_tmpfs_file(2 * MIB)
+            fd = tmpfs.user_file(2 * MIB)
         except OSError as error:
             return -(error.errno or 1), 0, False
         about = os.fstatvfs(fd)
@@ -267,8 +267,8 @@ def test_an_unprivileged_user_gets_a_tmpfs_of_their_own() -> None:
 def test_an_empty_pool_of_huge_pages_is_exhausted_where_there_is_no_tmpfs(
     empty_pool: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "detached_tmpfs_file", _refused)
-    monkeypatch.setattr(probe, "user_tmpfs_file", _refused)
+    monkeypatch.setattr(tmpfs, "detached_file", _refused)
+    monkeypatch.setattr(tmpfs, "user_file", _refused)
     report = demonstration.exhaust()
     assert report.notes[0] == "the pool of huge pages, which is empty"
     assert "BackendExhaustedError" in report.notes[1]

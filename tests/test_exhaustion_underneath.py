@@ -167,7 +167,7 @@ def test_the_commit_limit_ends_a_plug_of_shared_memory(
             before = used(region)
             region._core.gauge.forget()
             with pytest.raises(BackendExhaustedError) as caught:
-                region.plug(1, 100)
+                region.plug(1, 4000)  # far beyond what other processes may give back meanwhile
             error = caught.value
             assert list(region.plugged_runs()) == [(0, 1)]
             assert used(region) == before

@@ -131,3 +131,20 @@ def test_the_default_block_is_at_least_a_huge_page(huge: int) -> None:
 def test_thp_makes_no_sense_on_huge_pages(huge_pool: Callable[[int], None]) -> None:
     with pytest.raises(ValueError, match="page size is fixed"):
         Region("1G", backend=Memfd(hugetlb="2M", thp=True))
+
+
+@pytest.mark.parametrize("mode", ["never", "advise", "within_size", "always", "force"])
+def test_shared_memory_reads_zero_whatever_the_machine_makes_huge(
+    mode: str, shmem_thp_mode: Callable[[object], None]
+) -> None:
+    """As with a tmpfs mounted huge=: see test_tmpfs."""
+    shmem_thp_mode(mode)
+    for backend in (Memfd(), Anonymous(shared=True)):
+        with Region("256M", block_size="2M", backend=backend) as region:
+            for _ in range(2):
+                region.plug(0, 16)
+                with region.view(0, 16) as view:
+                    assert view == bytes(32 << 20)
+                    view[:] = b"secret00" * (4 << 20)
+                assert region.audit().ok
+                region.unplug(0, 16)

@@ -12,15 +12,11 @@ import os
 import resource
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
 
 from sparsemem._sys import ffi, lib, uffd
 from sparsemem._sys.calls import Calls, check
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem._sys.residency import page_cache, private_scan
-
-if TYPE_CHECKING:
-    import socket
 
 # What an unknown or forbidden advice gives, and EAGAIN, ENOMEM and EBUSY what a collapse
 # gives for want of a huge page (madvise(2)).
@@ -75,7 +71,7 @@ def collapse(calls: Calls) -> bool:
         fd = calls.memfd_create("sparsemem-probe", lib.MFD_CLOEXEC)
         calls.ftruncate(fd, huge)
         address = calls.reserve(huge, huge, lib.MAP_SHARED | lib.MAP_NORESERVE, fd, writable=True, locked=False)
-        calls.fallocate(fd, lib.FALLOC_FL_KEEP_SIZE, 0, PAGE_SIZE)
+        calls.madvise(address, PAGE_SIZE, lib.MADV_POPULATE_WRITE)
         calls.madvise(address, huge, lib.MADV_COLLAPSE)
         return True
     except OSError as error:
@@ -126,71 +122,6 @@ def vectored(calls: Calls) -> bool:
     Found by trying it on real pages; remembered for each `calls` object.
     """
     return calls.can_vector()
-
-
-def detached_tmpfs_file(size: int) -> int:
-    """A descriptor of an unnamed file on a tmpfs of `size` bytes that is mounted nowhere.
-
-    Raises:
-        OSError: It takes CAP_SYS_ADMIN, and Linux 5.2.
-    """
-    mount = check(lib.sm_detached_tmpfs(str(size).encode()))
-    try:
-        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=mount)
-    finally:
-        os.close(mount)
-
-
-def user_tmpfs_file(size: int) -> int:
-    """As `detached_tmpfs_file` for those who may not mount: made in a user namespace of their own.
-
-    A child enters it and hands the descriptor over; the file stays when it is gone.
-
-    Raises:
-        OSError: User namespaces are switched off, or the child failed otherwise.
-    """
-    import socket
-    import warnings
-
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        with warnings.catch_warnings():
-            # 3.12 warns of forks beside threads: this child takes no lock and leaves.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            _hand_over_tmpfs_file(theirs, size)
-        theirs.close()
-        try:
-            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-        finally:
-            _, status = os.waitpid(child, 0)
-    if not fds:
-        code = os.waitstatus_to_exitcode(status)
-        code = code if code > 0 else errno.EIO
-        raise OSError(code, os.strerror(code))
-    os.set_inheritable(fds[0], False)  # what arrives through a socket is open to children
-    return fds[0]
-
-
-def _hand_over_tmpfs_file(to: socket.socket, size: int) -> NoReturn:
-    """The child's whole life; its exit status is the errno of what went wrong."""
-    import socket
-
-    status = errno.EIO
-    try:
-        user, group = os.geteuid(), os.getegid()
-        check(lib.sm_enter_namespaces())
-        # Without a mapping of our own ids no file can be made.
-        for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-            with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
-                file.write(line)
-        socket.send_fds(to, [b"f"], [detached_tmpfs_file(size)])
-        status = 0
-    except OSError as error:
-        status = error.errno or errno.EIO
-    finally:
-        os._exit(status)
 
 
 def file_system(path: str) -> int:

@@ -13,6 +13,7 @@ from sparsemem.backends.memfd import Memfd
 from sparsemem.backends.secret import Secret
 from sparsemem.backends.simulated import Fault, Simulated
 from sparsemem.backends.text import split_options
+from sparsemem.backends.tmpfs import Tmpfs
 
 __all__ = [
     "Anonymous",
@@ -25,6 +26,7 @@ __all__ = [
     "Request",
     "Secret",
     "Simulated",
+    "Tmpfs",
     "from_text",
 ]
 
@@ -34,6 +36,7 @@ _BY_NAME: dict[str, type[Any]] = {
     "file": File,
     "secret": Secret,
     "simulated": Simulated,
+    "tmpfs": Tmpfs,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from sparsemem.backends import from_text
+from sparsemem.cli.progress import showing
 from sparsemem.cli.table import add_output_options, columns, show_size
 from sparsemem.demonstration import Report, demonstrate, exhaust
 from sparsemem.survey import Candidate, candidates
@@ -87,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
     reports = []
     with candidates() as known:
         for candidate in options.backend or known:
-            reports.append(demonstrate(candidate, options.size, options.plug))
+            with showing(f"plugging {candidate.name}") as progress:
+                reports.append(demonstrate(candidate, options.size, options.plug, progress))
             if not options.json:
                 print(_show(reports[-1], options.bytes), flush=True)
     exhausted = exhaust()

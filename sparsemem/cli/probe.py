@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from sparsemem.cli.table import add_output_options, columns, show_size
-from sparsemem.survey import machine, survey
+from sparsemem.survey import Finding, machine, survey
 
 _HELP = "find out what works here"
 _DESCRIPTION = """\
@@ -49,9 +49,14 @@ def run(options: argparse.Namespace) -> int:
     print(columns(_facts(facts, options.bytes)))
     print()
     rows = [("BACKEND", "STRATEGY", "WORKS", "REMARK")]
-    rows += [(found.name, found.strategy, _YES_NO[found.works], found.why) for found in findings]
+    rows += [(found.name, found.strategy, _YES_NO[found.works], _remark(found)) for found in findings]
     print(columns(rows))
     return 0
+
+
+def _remark(found: Finding) -> str:
+    """What there is to say of it; the way that regions take by themselves is marked."""
+    return "; ".join(filter(None, (found.why, "auto" if found.chosen and found.works else "")))
 
 
 def _facts(facts: dict[str, Any], raw: bool) -> list[tuple[str, str]]:
@@ -63,6 +68,11 @@ def _facts(facts: dict[str, Any], raw: bool) -> list[tuple[str, str]]:
         "PAGEMAP_SCAN:": "pagemap_scan",
         "memfd_secret:": "memfd_secret",
         "MADV_WIPEONFORK:": "wipe_on_fork",
+        "Vectored process_madvise:": "vectored",
+        "userfaultfd, private memory:": "uffd_copy",
+        "userfaultfd, shared memory:": "uffd_shmem",
+        "UFFDIO_MOVE (warm pool):": "uffd_move",
+        "MADV_COLLAPSE of memfds:": "collapse",
         "Named mappings:": "named_mappings",
     }
     rows = [

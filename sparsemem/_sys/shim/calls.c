@@ -158,12 +158,13 @@ int sm_memfd_secret(unsigned flags)
  * A tmpfs that is mounted nowhere (fsopen, 5.2; CAP_SYS_ADMIN): files can be made
  * in it through the descriptor alone, and it goes with the last of them.
  */
-int sm_detached_tmpfs(const char *size)
+int sm_detached_tmpfs(const char *size, const char *huge)
 {
     enum { SET_STRING = 1, CREATE = 6, CLOEXEC = 1 };   /* linux/mount.h */
     long fs = syscall(SYS_fsopen_, "tmpfs", CLOEXEC), mount = -1;
 
     if (fs >= 0 && !syscall(SYS_fsconfig_, fs, SET_STRING, "size", size, 0) &&
+        !syscall(SYS_fsconfig_, fs, SET_STRING, "huge", huge, 0) &&
         !syscall(SYS_fsconfig_, fs, CREATE, NULL, NULL, 0))
         mount = syscall(SYS_fsmount_, fs, CLOEXEC, 0);
     int error = errno;

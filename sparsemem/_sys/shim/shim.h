@@ -241,7 +241,7 @@ int sm_madvise(uint64_t address, uint64_t length, int advice);
 int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 int sm_memfd_create(const char *name, unsigned flags);
 int sm_memfd_secret(unsigned flags);
-int sm_detached_tmpfs(const char *size);
+int sm_detached_tmpfs(const char *size, const char *huge);
 int sm_enter_namespaces(void);
 int sm_name_mapping(uint64_t address, uint64_t length, const char *name);
 int64_t sm_filesystem_type(int fd, uint64_t *block_size);
