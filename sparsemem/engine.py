@@ -97,7 +97,7 @@ class Work:
 
     Args:
         mapping: What to work on.
-        operation: "populate", "repopulate" or "discard".
+        operation: "populate", "repopulate", "discard" or an advice.
         runs: What to work through, in units of `1 << shift` bytes.
         shift: The unit.
         threads: How many may work on it.
@@ -221,6 +221,11 @@ class Work:
     def calls(self) -> int:
         """System calls made."""
         return sum(int(part.calls) for part in self._parts)
+
+    @property
+    def collapsed(self) -> int:
+        """Bytes that are huge pages now, as a collapse was told."""
+        return sum(int(part.collapsed) for part in self._parts)
 
     @property
     def step_failed(self) -> bool:

@@ -157,6 +157,14 @@ class Mapping(abc.ABC):
         """Bytes in use in all, where a figure covers more than `resident` can place."""
         return None
 
+    def refusal(self, advice: str) -> str:
+        """Why `advance` cannot do `collapse`, `cold` or `pageout` here; "" if it can."""
+        return f"{type(self).__name__} has no pages of the kernel's"
+
+    def huge_pages(self, offset: int, length: int) -> Iterator[Run] | None:
+        """Maximal ascending `(offset, length)` runs of pages that are mapped as huge ones; None if nobody can tell."""
+        return None
+
     def limits(self) -> Iterable[Limit]:
         """What still limits a populate; asked often, so it should cost microseconds."""
         return ()
@@ -189,7 +197,7 @@ class Mapping(abc.ABC):
     # ---- the engine's side ----------------------------------------------------------
 
     def prepare(self, job: Any, operation: str) -> None:  # noqa: B027 - a hook
-        """Fills in what `advance` needs; `operation` is populate, repopulate or discard."""
+        """Fills in what `advance` needs; `operation` is populate, repopulate, discard or an advice."""
 
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:
         """Works on a job's runs from its cursor, a chunk at a time, as sm_advance() does."""

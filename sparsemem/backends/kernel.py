@@ -23,10 +23,12 @@ from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem._sys.inheritance import keep_place
 from sparsemem._sys.uffd import Userfaultfd
+from sparsemem.backends.advice import refusal
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
 from sparsemem.recipes import (
+    ADVICE,
     COLLAPSE,
     FASTEST,
     FUTEX,
@@ -320,6 +322,7 @@ class KernelMapping(Mapping):
             "populate": self.recipe.populate(self.strategy, huge=self.huge),
             "repopulate": self.recipe.again(self.strategy),
             "discard": self.recipe.discard or self.recipe.cleanse,
+            **ADVICE,
         }[operation]
         job.base = ffi.cast("char *", self._address)
         job.fd = -1 if self._fd is None else self._fd.fd
@@ -362,6 +365,13 @@ class KernelMapping(Mapping):
         if self.recipe.evidence is Evidence.PRIVATE_PAGES:
             total += sum(length for _, length in residency.private_pages(self._address, self.size))
         return total
+
+    def huge_pages(self, offset: int, length: int) -> Iterator[Run] | None:
+        found = residency.huge_pages(self._address + offset, length)
+        return None if found is None else _shifted(iter(found), offset)
+
+    def refusal(self, advice: str) -> str:
+        return refusal(self._calls, self.kind, self.page_size, self.thp, advice)
 
     def limits(self) -> Iterable[Limit]:
         return () if self._surroundings is None else self._surroundings.limits()
