@@ -162,8 +162,9 @@ class Work:
 
     def _finish(self, part: Any) -> None:
         code = lib.SM_MORE
-        while code == lib.SM_MORE and not self._crew.stop:  # MORE: a signal came in between
-            code = self._mapping.advance(part, self._operation, _FOR_EVER)
+        with workers.placed(self._mapping.processors):
+            while code == lib.SM_MORE and not self._crew.stop:  # MORE: a signal came in between
+                code = self._mapping.advance(part, self._operation, _FOR_EVER)
 
     def _advance(self, part: Any, control: Control) -> None:
         code = lib.SM_MORE

@@ -110,6 +110,9 @@ class Mapping(abc.ABC):
     adopts_pages: bool = False
     """Whether most of `unpopulated` is there already and only has to be mapped: no matter of headroom then."""
 
+    processors: frozenset[int] = frozenset()
+    """Those that are near its memory; empty where that is no matter."""
+
     bridge: int = 0
     """Bytes of unplugged memory over which one discard is cheaper than two."""
 

@@ -26,6 +26,7 @@ from sparsemem._sys.uffd import Userfaultfd
 from sparsemem.backends.advice import refusal
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
+from sparsemem.backends.numa import bind
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
 from sparsemem.recipes import (
     ADVICE,
@@ -105,6 +106,7 @@ class Area:
     restore: Callable[[], None] | None = None
     """Undoes what `adopt` did, for a region that comes to nothing."""
     thp: bool | None = None
+    numa_node: int | None = None
     created: OwnFile | None = None
     """A file that was made for this mapping, and goes if its region comes to nothing."""
     unlink: OwnFile | None = None
@@ -190,9 +192,12 @@ class KernelMapping(Mapping):
             raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
         self._map(area, request, align)
         try:
+            self.processors = bind(self._calls, area.kind, self._address, self.size, area.numa_node)
             self._register(strategy)
             self._advise(request)
-            self._surroundings = Surroundings(self._calls, files, area.kind, area.page_size, area.fd, self.size)
+            self._surroundings = Surroundings(
+                self._calls, files, area.kind, area.page_size, area.fd, self.size, area.numa_node
+            )
             self._adopt(area, request)
         except BaseException:
             self.abandon()

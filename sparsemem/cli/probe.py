@@ -64,6 +64,8 @@ def _facts(facts: dict[str, Any], raw: bool) -> list[tuple[str, str]]:
         "memfd_secret:": "memfd_secret",
         "MADV_WIPEONFORK:": "wipe_on_fork",
         "Named mappings:": "named_mappings",
+        "MADV_COLLAPSE:": "collapse",
+        "MADV_COLD, MADV_PAGEOUT:": "cold",
     }
     rows = [
         ("Kernel:", f"{facts['kernel']} {facts['architecture']}"),
@@ -74,6 +76,7 @@ def _facts(facts: dict[str, Any], raw: bool) -> list[tuple[str, str]]:
             (f"Huge pages of {name}:", f"{pool['free']} of {pool['total']} free")
             for name, pool in facts["huge_pages"].items()
         ),
+        ("NUMA nodes:", ", ".join(map(str, facts["numa_nodes"])) or "none"),
         ("Largest reservation:", size("largest_reservation")),
         ("Overcommit mode:", _OVERCOMMIT.get(facts["overcommit_memory"], "unknown")),
         ("Locked memory limit:", size("locked_memory_limit", "unlimited")),
