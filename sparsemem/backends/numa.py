@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.files import shared_files
@@ -12,7 +13,7 @@ from sparsemem.recipes import Kind
 from sparsemem.runs import index_of
 
 
-def check_node(_: object, attribute: object, value: object) -> None:
+def check_node(_: object, attribute: Any, value: object) -> None:
     """An attrs validator for a NUMA node of this machine, or None for no matter which.
 
     Raises:
