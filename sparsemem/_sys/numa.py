@@ -9,12 +9,12 @@ NODES = "/sys/devices/system/node"
 
 def online_nodes(files: KernelFiles) -> list[int]:
     """The nodes that are there, ascending; [] on a kernel without NUMA."""
-    return _listed(files.text(f"{NODES}/online"))
+    return _listed(files.whole_text(f"{NODES}/online"))
 
 
 def processors(files: KernelFiles, node: int) -> frozenset[int]:
     """The processors of a node; some nodes are memory alone."""
-    return frozenset(_listed(files.text(f"{NODES}/node{node}/cpulist")))
+    return frozenset(_listed(files.whole_text(f"{NODES}/node{node}/cpulist")))
 
 
 def meminfo(node: int) -> str:
@@ -37,10 +37,10 @@ def free_huge_pages(files: KernelFiles, node: int, page_size: int) -> int | None
     return None if free is None else free * page_size
 
 
-def _listed(text: str | None) -> list[int]:
+def _listed(text: str) -> list[int]:
     """The numbers of a list such as `0-3,8`."""
     numbers: list[int] = []
-    for part in (text or "").strip().split(","):
+    for part in text.strip().split(","):
         first, _, last = part.partition("-")
         if first.isdigit():
             numbers += range(int(first), int(last or first) + 1)
