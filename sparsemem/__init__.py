@@ -17,6 +17,7 @@ from sparsemem.audit import Audit
 from sparsemem.backends import Anonymous, File, Memfd, Secret, Simulated, Tmpfs
 from sparsemem.budget import Budget
 from sparsemem.errors import (
+    AdviceError,
     BackendExhaustedError,
     BlockRangeError,
     BlockStateError,
@@ -24,6 +25,7 @@ from sparsemem.errors import (
     DeadlineError,
     DiscardError,
     ForkedRegionError,
+    HugePageSplitWarning,
     ListenerVetoError,
     OperationCancelledError,
     PopulateError,
@@ -43,6 +45,7 @@ from sparsemem.units import format_size, parse_size
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdviceError",
     "Anonymous",
     "Audit",
     "BackendExhaustedError",
@@ -56,6 +59,7 @@ __all__ = [
     "File",
     "ForkedRegionError",
     "Headroom",
+    "HugePageSplitWarning",
     "Listener",
     "ListenerVetoError",
     "Memfd",

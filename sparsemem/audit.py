@@ -27,6 +27,9 @@ class Audit:
         gap_size: How much.
         discarded_size: Pages discarded with `Region.discard` and not touched since.
         resident_size: What plugged blocks really use.
+        plugged_size: What is plugged.
+        huge_size: How much of that is mapped as huge pages, transparent or hugetlb;
+            None where the kernel does not tell (before Linux 6.7).
         unaccounted_size: What the file uses beyond what can be placed, such as
             pages that somebody fallocated and nobody touched, or the file behind
             a private mapping (double memory).
@@ -42,6 +45,8 @@ class Audit:
     gap_size: int
     discarded_size: int
     resident_size: int
+    plugged_size: int
+    huge_size: int | None
     unaccounted_size: int
     busy: tuple[Run, ...]
     tainted: tuple[Run, ...]
@@ -52,6 +57,11 @@ class Audit:
     def ok(self) -> bool:
         """No leak, no gap, nothing tainted or unaccounted for."""
         return not (self.leaks or self.gaps or self.tainted or self.unaccounted_size)
+
+    @property
+    def huge_share(self) -> float | None:
+        """The share of plugged memory that is huge, 0 to 1; 0 if nothing is plugged, None where nobody can tell."""
+        return None if self.huge_size is None else self.huge_size / max(1, self.plugged_size)
 
     def __str__(self) -> str:
         sizes = {
@@ -77,9 +87,10 @@ def audit(mapping: Mapping, blocks: BlockMap, block_size: int) -> Audit:
     found = mapping.resident(0, mapping.size)
     if found is None:
         everything = ((0, blocks.nblocks),)
-        return _unknown(everything, tuple(busy), tuple(tainted))
+        return _unknown(everything, tuple(busy), tuple(tainted), blocks.count(Map.PLUGGED, 0, blocks.nblocks) << shift)
     resident = list(found)
     total = mapping.resident_total()
+    huge = mapping.huge_pages(0, mapping.size)
     per_block = block_size // page
     discarded = [
         (page_first * page, pages * page)
@@ -105,6 +116,8 @@ def audit(mapping: Mapping, blocks: BlockMap, block_size: int) -> Audit:
         gap_size=_size(missing),
         discarded_size=_size(absent) - _size(missing),
         resident_size=_size(kept),
+        plugged_size=_size(in_plugged),
+        huge_size=None if huge is None else _size(clip(huge, in_plugged)),
         unaccounted_size=0 if total is None or busy else max(0, total - _size(resident)),
         busy=tuple(busy),
         tainted=tuple(tainted),
@@ -113,7 +126,7 @@ def audit(mapping: Mapping, blocks: BlockMap, block_size: int) -> Audit:
     )
 
 
-def _unknown(everything: tuple[Run, ...], busy: tuple[Run, ...], tainted: tuple[Run, ...]) -> Audit:
+def _unknown(everything: tuple[Run, ...], busy: tuple[Run, ...], tainted: tuple[Run, ...], plugged_size: int) -> Audit:
     return Audit(
         leaks=(),
         leaked_size=0,
@@ -121,6 +134,8 @@ def _unknown(everything: tuple[Run, ...], busy: tuple[Run, ...], tainted: tuple[
         gap_size=0,
         discarded_size=0,
         resident_size=0,
+        plugged_size=plugged_size,
+        huge_size=None,
         unaccounted_size=0,
         busy=busy,
         tainted=tainted,

@@ -97,7 +97,7 @@ class Work:
 
     Args:
         mapping: What to work on.
-        operation: "populate", "repopulate", "recycle" or "discard".
+        operation: "populate", "repopulate", "recycle", "discard" or an advice.
         runs: What to work through, in units of `1 << shift` bytes.
         shift: The unit.
         threads: How many may work on it.
@@ -169,8 +169,9 @@ class Work:
 
     def _finish(self, part: Any) -> None:
         code = lib.SM_MORE
-        while code == lib.SM_MORE and not self._crew.stop:  # MORE: a signal came in between
-            code = self._mapping.advance(part, self._operation, _FOR_EVER)
+        with workers.placed(self._mapping.processors):
+            while code == lib.SM_MORE and not self._crew.stop:  # MORE: a signal came in between
+                code = self._mapping.advance(part, self._operation, _FOR_EVER)
 
     def _advance(self, part: Any, control: Control) -> None:
         code = lib.SM_MORE
@@ -228,6 +229,11 @@ class Work:
     def calls(self) -> int:
         """System calls made."""
         return sum(int(part.calls) for part in self._parts)
+
+    @property
+    def collapsed(self) -> int:
+        """Bytes that are huge pages now, as a collapse was told."""
+        return sum(int(part.collapsed) for part in self._parts)
 
     @property
     def step_failed(self) -> bool:

@@ -140,6 +140,10 @@ class DiscardError(SparseMemError, OSError):
         self.tainted = tainted
 
 
+class AdviceError(SparseMemError, OSError):
+    """The kernel refused advice about plugged blocks, which stay as they are, content and all."""
+
+
 class BlockStateError(SparseMemError, ValueError):
     """A block is not in the state that the operation needs; nothing changed.
 
@@ -210,3 +214,7 @@ class DeadlineError(_StoppedError, TimeoutError):
 
 class UnsupportedError(SparseMemError, NotImplementedError):
     """The backend, the kernel or the machine cannot do that, and why."""
+
+
+class HugePageSplitWarning(RuntimeWarning):
+    """A discard cuts a huge page, which becomes small pages and may free nothing."""

@@ -35,6 +35,8 @@ class Step(enum.Enum):
     MOVE = "ioctl(UFFDIO_MOVE) from the warm pool"
     TOUCH = "readv(/dev/zero) of one byte into each page"
     FUTEX = "futex(FUTEX_WAKE_OP) on each page"
+    COLD = "madvise(MADV_COLD)"
+    PAGEOUT = "madvise(MADV_PAGEOUT)"
     ZERO = "read(/dev/zero)"
 
 
@@ -228,3 +230,19 @@ RECIPES: Mapping[Kind, Recipe] = {
     # beforehand is zeroed afterwards.
     Kind.SECRET: Recipe({FUTEX: (Step.FUTEX,)}, (), Evidence.NONE, Inheritance.SHARED, cleanse=(Step.ZERO,)),
 }
+
+# ---- advice, which keeps content ------------------------------------------------------
+
+ADVICE: Mapping[str, tuple[Step, ...]] = {
+    "collapse": (Step.COLLAPSE,),
+    "cold": (Step.COLD,),
+    "pageout": (Step.PAGEOUT,),
+}
+"""The operations on plugged blocks that change where the content is, and not what it is."""
+
+COLLAPSES = frozenset({Kind.ANONYMOUS_PRIVATE, Kind.ANONYMOUS_SHARED, Kind.SHMEM_SHARED})
+"""Whose small pages MADV_COLLAPSE turns into huge ones.
+
+Of a private mapping of a file it would take the file's pages, and the private copies
+are what is used (EINVAL, measured on 6.18); a disk's page cache is not ours to keep huge.
+"""

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from sparsemem import fork as _fork
+from sparsemem.advice import Advise, huge_runs, warn_of_split
 from sparsemem.audit import Audit
 from sparsemem.audit import audit as _audit
 from sparsemem.backends import Anonymous
@@ -606,7 +607,8 @@ class Region:
         The pages read zero (or the template) and are populated again by the next
         access, which may fail as any fault may.  Balloons, hinting and reporting
         work like this.  With transparent huge pages, discarding a part of one may
-        free nothing until the kernel splits it.
+        free nothing until the kernel splits it: there is a `HugePageSplitWarning`
+        first, where the kernel tells which pages are huge (Linux 6.7).
 
         Args:
             offset: Bytes, a multiple of `page_size`.
@@ -618,7 +620,11 @@ class Region:
             DiscardError: The kernel failed.
             UnsupportedError: The backend cannot give memory back.
         """
-        execute(self._inner("discard", offset, length))
+        operation = self._inner("discard", offset, length)
+        self._core.blocks.check_open()
+        ((start, size),) = single(offset, length, self._size, "byte")
+        warn_of_split(self._mapping, start, size, stacklevel=2)
+        execute(operation)
 
     def populate(self, offset: int, length: int) -> None:
         """Populates pages inside plugged blocks again; what they hold stays.
@@ -636,6 +642,66 @@ class Region:
             PopulateError: The kernel failed.
         """
         execute(self._inner("repopulate", offset, length))
+
+    def collapse(self, first: int, count: int = 1) -> int:
+        """Has the kernel put what plugged blocks hold into huge pages, which discards and small populates undo.
+
+        Content is kept, and may be used meanwhile.  Pages discarded within the
+        blocks get memory again.  Where the kernel finds no huge page, small ones
+        stay: no error, but fewer bytes.  Works with transparent huge pages set to
+        "never", too.
+
+        Args:
+            first: The first block.
+            count: How many blocks.
+
+        Returns:
+            The bytes of these blocks that are huge pages afterwards.
+
+        Raises:
+            BlockRangeError: There are no such blocks.
+            BlockStateError: A block is not plugged, or tainted.
+            UnsupportedError: The memory cannot be made huge: blocks smaller than a
+                huge page, thp=False, hugetlb, secret and disk memory, private
+                mappings of files, or a kernel before Linux 6.1.
+            RegionClosedError: It is closed.
+        """
+        return self._advise("collapse", first, count)
+
+    def cold(self, first: int, count: int = 1) -> None:
+        """Tells the kernel that plugged blocks will not be used soon: they go first when memory gets short.
+
+        Not an unplug: the blocks stay plugged and keep their content.  But what
+        the kernel has reclaimed comes back by a fault that may fail as any fault
+        may (SIGBUS, OOM killer), and takes memory again that headroom() does not
+        keep for it.  Without swap, anonymous memory, memfds and tmpfs stay.
+
+        Args:
+            first: The first block.
+            count: How many blocks.
+
+        Raises:
+            BlockRangeError: There are no such blocks.
+            BlockStateError: A block is not plugged, or tainted.
+            AdviceError: The kernel refused, of locked memory for one.
+            UnsupportedError: hugetlb or secret memory, or a kernel before Linux 5.4.
+            RegionClosedError: It is closed.
+        """
+        self._advise("cold", first, count)
+
+    def pageout(self, first: int, count: int = 1) -> None:
+        """Has the kernel reclaim plugged blocks now: to swap, or to the file that they are from.
+
+        As `cold`, but at once.  Huge pages are split, even where there is no swap.
+
+        Args:
+            first: The first block.
+            count: How many blocks.
+
+        Raises:
+            As `cold`.
+        """
+        self._advise("pageout", first, count)
 
     def scrub(self) -> int:
         """Tries again to discard tainted blocks.
@@ -723,6 +789,10 @@ class Region:
 
     def _unplug(self, runs: Runs, missing_ok: bool, control: Control = UNWATCHED) -> int:
         return execute(Unplug(self._core, Claim(self._core.blocks, runs), strict=not missing_ok, control=control))
+
+    def _advise(self, advice: str, first: int, count: int) -> int:
+        claim = Claim(self._core.blocks, single(first, count, self.nblocks))
+        return execute(Advise(self._core, claim, advice))
 
     def _inner(self, operation: str, offset: int, length: int, *, spend: bool = True) -> Inner:
         ((start, size),) = single(offset, length, self._size, "byte")
@@ -823,6 +893,16 @@ class Region:
         """
         with self._while_open():
             return _audit(self._mapping, self._core.blocks, self._block_size)
+
+    def huge_runs(self) -> tuple[Run, ...]:
+        """Runs of plugged blocks, `(first, count)`, that are huge pages and nothing else.
+
+        Raises:
+            UnsupportedError: The kernel does not tell (before Linux 6.7), or there is no memory.
+            RegionClosedError: It is closed.
+        """
+        with self._while_open():
+            return huge_runs(self._mapping, self._core.blocks, self._core.shift)
 
     def headroom(self) -> Headroom:
         """What can still be plugged, and which limit binds; advisory.

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 import attrs
 from attrs import frozen
 
-from sparsemem._sys import calls, files, lib, probe
+from sparsemem._sys import calls, files, lib, numa, probe
 from sparsemem.backends import Anonymous, File, Memfd, Secret, Simulated, Tmpfs
 from sparsemem.backends.base import Backend
 from sparsemem.errors import Cause, SparseMemError, UnsupportedError
@@ -268,6 +268,7 @@ def machine() -> dict[str, object]:
         "thp_size": files.thp_size(texts),
         "thp_mode": files.thp_mode(texts),
         "huge_pages": {exact_size(size): attrs.asdict(pool) for size, pool in pools.items() if pool is not None},
+        "numa_nodes": numa.online_nodes(texts),
         "overcommit_memory": texts.number(files.OVERCOMMIT),
         "largest_reservation": probe.largest_reservation(kernel),
         "cgroup_limits": [attrs.asdict(limit) for limit in files.group_limits(texts)],
@@ -282,4 +283,6 @@ def machine() -> dict[str, object]:
         "uffd_shmem": probe.uffd_shmem(kernel),
         "uffd_move": probe.uffd_move(kernel),
         "collapse": probe.collapse(kernel),
+        "collapse_private": probe.collapse_private(kernel),
+        "cold": probe.cold(kernel) and probe.pageout(kernel),
     }

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 SHARE = 64 << 20
@@ -41,6 +42,24 @@ def sensible(size: int, *, huge: bool) -> int:
 def limited(threads: int, size: int) -> int:
     """At most so many threads, and no more than `size` bytes are worth."""
     return max(1, min(threads, size // SHARE))
+
+
+@contextmanager
+def placed(processors: frozenset[int]) -> Iterator[None]:
+    """Keeps the calling thread on these processors meanwhile, as far as it may be there; empty is anywhere."""
+    before = os.sched_getaffinity(0)  # 0 is this thread alone
+    there = processors & before
+    if not there or there == before:
+        yield
+        return
+    # EINVAL: its cpuset has changed since.  Then it works where it is.
+    with suppress(OSError):
+        os.sched_setaffinity(0, there)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, before)
 
 
 def _the_pool() -> ThreadPoolExecutor:

@@ -22,7 +22,7 @@ from sparsemem import Anonymous, Memfd, Region, Simulated, SparseMemError
 from sparsemem.backends import Backend, Fault
 from sparsemem.backends.simulated import SimulatedMapping
 
-MODULES = ("region", "operations", "listeners", "blocks", "engine")
+MODULES = ("region", "advice", "operations", "listeners", "blocks", "engine")
 FILES = {sys.modules[f"sparsemem.{name}"].__file__ for name in MODULES}
 assert sparsemem
 BLOCK = 64 << 10

@@ -283,6 +283,7 @@ def test_memory_allocated_in_the_file_but_untouched_is_unaccounted(private: bool
         assert not audit.ok
 
 
+@pytest.mark.filterwarnings("ignore::sparsemem.HugePageSplitWarning")
 @every_discarding
 def test_pages_discarded_inside_a_block_are_no_gap(made: Made) -> None:
     with made.region() as region:

@@ -371,6 +371,7 @@ def test_figures_count_what_was_really_unplugged() -> None:
         assert region.stats().unplugged_bytes == 2 * BLOCK, "block 12 had never been plugged"
 
 
+@pytest.mark.filterwarnings("ignore::sparsemem.HugePageSplitWarning")
 def test_a_failed_discard_inside_blocks_says_which_bytes(inject: Injector) -> None:
     with Region("64M", block_size="32M", backend=Memfd()) as region:
         region.plug(0)

@@ -31,6 +31,8 @@ CONSTANTS: dict[str, str | None] = {
     "MADV_HUGEPAGE": None,
     "MADV_NOHUGEPAGE": None,
     "MADV_POPULATE_READ": "22",
+    "MADV_COLD": "20",
+    "MADV_PAGEOUT": "21",
     "MADV_COLLAPSE": "25",
     "MADV_POPULATE_WRITE": "23",
     "FALLOC_FL_KEEP_SIZE": None,

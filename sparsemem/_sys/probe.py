@@ -20,7 +20,8 @@ from sparsemem._sys.residency import page_cache, private_scan
 
 # What an unknown or forbidden advice gives, and EAGAIN, ENOMEM and EBUSY what a collapse
 # gives for want of a huge page (madvise(2)).
-_REFUSALS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN, errno.ENOMEM, errno.EBUSY)
+_FOR_NOW = (errno.EAGAIN, errno.ENOMEM, errno.EBUSY)
+_REFUSALS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, *_FOR_NOW)
 
 _PRIVATE = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
 
@@ -83,6 +84,44 @@ def collapse(calls: Calls) -> bool:
             calls.unmap(address, huge)
         if fd is not None:
             calls.close(fd)
+
+
+def _keeps_content(calls: Calls, advice: int, length: int = PAGE_SIZE) -> bool:
+    """Whether fresh private memory with one page in it takes the advice and has that page afterwards.
+
+    Also where it was only for want of memory that it did not: the next one may find some.
+    """
+    address = calls.reserve(length, length, _PRIVATE, -1, writable=True, locked=False)
+    try:
+        byte = ffi.cast("unsigned char *", address)
+        byte[0] = 0x5A
+        calls.madvise(address, length, advice)
+        return bool(byte[0] == 0x5A)
+    except OSError as error:
+        if error.errno in _REFUSALS:
+            return error.errno in _FOR_NOW
+        raise
+    finally:
+        calls.unmap(address, length)
+
+
+@_remembered
+def collapse_private(calls: Calls) -> bool:
+    """Whether MADV_COLLAPSE works on private memory (Linux 6.1; not with PR_SET_THP_DISABLE)."""
+    huge = thp_size(shared_files())
+    return huge is not None and _keeps_content(calls, lib.MADV_COLLAPSE, huge)
+
+
+@_remembered
+def cold(calls: Calls) -> bool:
+    """Whether MADV_COLD works (Linux 5.4)."""
+    return _keeps_content(calls, lib.MADV_COLD)
+
+
+@_remembered
+def pageout(calls: Calls) -> bool:
+    """Whether MADV_PAGEOUT works (Linux 5.4)."""
+    return _keeps_content(calls, lib.MADV_PAGEOUT)
 
 
 def _fills(calls: Calls, way: int, flags: int) -> bool:

@@ -23,7 +23,7 @@ from sparsemem._sys.files import PAGE_SIZE
 Extent = tuple[int, int]
 
 # Categories of PAGEMAP_SCAN: include/uapi/linux/fs.h, PAGE_IS_*.
-_FILE, _PRESENT, _SWAPPED, _PFNZERO = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+_FILE, _PRESENT, _SWAPPED, _PFNZERO, _HUGE = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6
 
 _ROOM = 512
 _NOT_THERE = (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -78,7 +78,25 @@ def _page_tables(address: int, length: int, *, shared: bool) -> Iterator[Extent]
 
 def private_scan(address: int, length: int) -> list[Extent]:
     """As `private_pages`, by PAGEMAP_SCAN alone: an OSError where the kernel has none."""
-    what = ffi.new("sm_scan *", (_PRESENT | _SWAPPED, 0, _PFNZERO | _FILE))
+    return _scan(address, length, any_of=_PRESENT | _SWAPPED, none_of=_PFNZERO | _FILE)
+
+
+def huge_pages(address: int, length: int) -> list[Extent] | None:
+    """Pages that are mapped here as huge ones, transparent or hugetlb; None where the kernel does not tell.
+
+    By PAGEMAP_SCAN alone (6.7).  The huge zero page, which a mere read gives, holds nothing.
+    A huge page of a file that is mapped as small ones here, or not at all, is not found.
+    """
+    try:
+        return _scan(address, length, all_of=_PRESENT | _HUGE, none_of=_PFNZERO)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        return None
+
+
+def _scan(address: int, length: int, *, any_of: int = 0, all_of: int = 0, none_of: int = 0) -> list[Extent]:
+    what = ffi.new("sm_scan *", (any_of, all_of, none_of))
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return [(s - address, n) for s, n in _walk(_bind(lib.sm_pagemap_scan, fd, what), address, address + length)]

@@ -65,7 +65,7 @@ def from_text(text: str) -> Backend:
     for option, value in options.items():
         if option not in known or option in ("faults", "latency") or (option == "path" and path is not None):
             raise ValueError(f"backend {text!r}: {name} has no option {option!r}")
-        if option == "fd":
+        if option in ("fd", "numa_node"):
             options[option] = _number(text, option, value)
     if "private" in options:
         options["shared"] = not _switch(text, "private", options.pop("private"))

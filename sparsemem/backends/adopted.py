@@ -36,6 +36,8 @@ class Options(Protocol):
     def thp(self) -> bool | None: ...
     @property
     def existing(self) -> str: ...
+    @property
+    def numa_node(self) -> int | None: ...
 
 
 def kind_of(calls: Calls, fd: int, shared: bool) -> tuple[Kind, int]:
@@ -121,6 +123,7 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
         discard=discard,
         restore=restore,
         thp=options.thp,
+        numa_node=options.numa_node,
     )
 
 

@@ -110,6 +110,9 @@ class Mapping(abc.ABC):
     adopts_pages: bool = False
     """Whether most of `unpopulated` is there already and only has to be mapped: no matter of headroom then."""
 
+    processors: frozenset[int] = frozenset()
+    """Those that are near its memory; empty where that is no matter."""
+
     bridge: int = 0
     """Bytes of unplugged memory over which one discard is cheaper than two."""
 
@@ -162,6 +165,14 @@ class Mapping(abc.ABC):
         """Bytes in use in all, where a figure covers more than `resident` can place."""
         return None
 
+    def refusal(self, advice: str) -> str:
+        """Why `advance` cannot do `collapse`, `cold` or `pageout` here; "" if it can."""
+        return f"{type(self).__name__} has no pages of the kernel's"
+
+    def huge_pages(self, offset: int, length: int) -> Iterator[Run] | None:
+        """Maximal ascending `(offset, length)` runs of pages that are mapped as huge ones; None if nobody can tell."""
+        return None
+
     def limits(self) -> Iterable[Limit]:
         """What still limits a populate; asked often, so it should cost microseconds."""
         return ()
@@ -202,7 +213,7 @@ class Mapping(abc.ABC):
     # ---- the engine's side ----------------------------------------------------------
 
     def prepare(self, job: Any, operation: str) -> None:  # noqa: B027 - a hook
-        """Fills in what `advance` needs; `operation` is populate, repopulate, recycle or discard."""
+        """Fills in what `advance` needs; `operation` is populate, repopulate, recycle, discard or an advice."""
 
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:
         """Works on a job's runs from its cursor, a chunk at a time, as sm_advance() does."""

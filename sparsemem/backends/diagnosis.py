@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 
-from sparsemem._sys import lib
+from sparsemem._sys import lib, numa
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import (
@@ -49,8 +49,16 @@ class Surroundings:
     """The limits of one mapping."""
 
     def __init__(
-        self, calls: Calls, files: KernelFiles, kind: Kind, page_size: int, fd: Descriptor | None, size: int
+        self,
+        calls: Calls,
+        files: KernelFiles,
+        kind: Kind,
+        page_size: int,
+        fd: Descriptor | None,
+        size: int,
+        numa_node: int | None = None,
     ) -> None:
+        self._node = numa_node
         self._size = size
         self._calls = calls
         self._files = files
@@ -97,6 +105,7 @@ class Surroundings:
         if "MemAvailable" in meminfo:
             available = meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)
             yield Limit(Cause.SYSTEM_MEMORY, available, f"{MEMINFO}: MemAvailable + SwapFree", errno.ENOMEM)
+        yield from self._node_memory()
         # A private file's page and its copy are both there until the page is punched.
         spare = _SPARE + (_CHUNK if self._kind is Kind.SHMEM_PRIVATE else 0)
         for group in group_limits(self._files):
@@ -109,11 +118,24 @@ class Surroundings:
             source = f"{MEMINFO}: CommitLimit - Committed_AS - user reserve"
             yield Limit(Cause.OVERCOMMIT, max(0, left), source, errno.ENOMEM)
 
+    def _node_memory(self) -> Iterable[Limit]:
+        """What a NUMA node has left: memory that is bound to it has nowhere else to go but to the OOM killer."""
+        left = None if self._node is None else numa.available(self._files, self._node)
+        if self._node is not None and left is not None:
+            source = f"{numa.meminfo(self._node)}: MemFree + Inactive(file)"
+            yield Limit(Cause.SYSTEM_MEMORY, left, source, errno.ENOMEM)
+
     def _huge_pages(self) -> Iterable[Limit]:
         pool = huge_pool(self._files, self._page_size)
         if pool is not None:
             source = f"hugepages-{self._page_size // 1024}kB: free - reserved + surplus"
             yield Limit(Cause.HUGETLB_POOL, pool.available * self._page_size, source, errno.ENOMEM)
+            if self._node is not None:
+                left = numa.free_huge_pages(self._files, self._node, self._page_size)
+                more = max(0, pool.overcommit - pool.surplus) * self._page_size  # which the kernel makes on the node
+                if left is not None:
+                    source = f"node{self._node}: free huge pages + surplus"
+                    yield Limit(Cause.HUGETLB_POOL, left + more, source, errno.ENOMEM)
         for group in huge_group_limits(self._files, self._page_size):
             yield Limit(Cause.HUGETLB_CGROUP, group.available, group.group, errno.ENOMEM)
 

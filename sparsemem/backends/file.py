@@ -18,6 +18,7 @@ from sparsemem.backends.adopted import adopt_file, adopt_mapping, fit_size, kind
 from sparsemem.backends.allocated import check_existing
 from sparsemem.backends.base import Backend, Request
 from sparsemem.backends.kernel import Area, KernelMapping, OwnFile
+from sparsemem.backends.numa import check_node
 from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.pages import block_size_for
 from sparsemem.backends.strategies import check_strategy
@@ -56,6 +57,10 @@ class File(Backend):
         thp: Transparent huge pages; see `Anonymous`.
         follow_symlinks: Open what a symbolic link points to.
         strategy: How to populate, by name; see `sparsemem.recipes.STRATEGIES`.
+        numa_node: Take all memory from this NUMA node (mbind(2), MPOL_BIND), and
+            populate on its processors.  None takes it from wherever there is some.
+            Pages that a file has already stay where they are; a shared disk file is refused,
+            since its pages are the page cache's.
     """
 
     path: str | None = field(default=None, converter=_path_text)
@@ -66,6 +71,7 @@ class File(Backend):
     thp: bool | None = field(default=None, validator=optional_switch, kw_only=True)
     follow_symlinks: bool = field(default=False, validator=switch, kw_only=True)
     strategy: str = field(default="auto", converter=check_strategy, kw_only=True)
+    numa_node: int | None = field(default=None, validator=check_node, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if (self.path is None) == (self.fd is None):
@@ -149,6 +155,7 @@ class File(Backend):
             page_size=page_size,
             fd=fd,
             thp=self.thp,
+            numa_node=self.numa_node,
             created=own,
             unlink=own if self.delete else None,
         )
@@ -162,5 +169,6 @@ class File(Backend):
             "thp": self.thp,
             "follow_symlinks": self.follow_symlinks,
             "strategy": None if self.strategy == "auto" else self.strategy,
+            "numa_node": self.numa_node,
         }
         return options_text("file", options, self.path)

@@ -23,11 +23,13 @@ from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem._sys.inheritance import keep_place
 from sparsemem._sys.uffd import Userfaultfd
+from sparsemem.backends.advice import refusal
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
+from sparsemem.backends.numa import bind
 from sparsemem.backends.strategies import UFFD, check_strategy, choose_strategy
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
-from sparsemem.recipes import POPULATE_WRITE, RECIPES, Evidence, Inheritance, Kind, Step
+from sparsemem.recipes import ADVICE, POPULATE_WRITE, RECIPES, Evidence, Inheritance, Kind, Step
 from sparsemem.units import exact_size
 
 _log = logging.getLogger("sparsemem")
@@ -88,6 +90,7 @@ class Area:
     restore: Callable[[], None] | None = None
     """Undoes what `adopt` did, for a region that comes to nothing."""
     thp: bool | None = None
+    numa_node: int | None = None
     created: OwnFile | None = None
     """A file that was made for this mapping, and goes if its region comes to nothing."""
     unlink: OwnFile | None = None
@@ -117,6 +120,7 @@ class KernelMapping(Mapping):
         # Not where something stands in the kernel's place: that must see every call.
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
         self._request = request
+        self._numa_node = area.numa_node
         self._warm: Any = ffi.NULL
         self._vectored = self.page_size == PAGE_SIZE and probe.vectored(self._calls)
         self._fd = area.fd
@@ -134,9 +138,12 @@ class KernelMapping(Mapping):
             raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
         self._map(area, request, align)
         try:
+            self.processors = bind(self._calls, area.kind, self._address, self.size, area.numa_node)
             self._register(strategy)
             self._advise(request)
-            self._surroundings = Surroundings(self._calls, files, area.kind, area.page_size, area.fd, self.size)
+            self._surroundings = Surroundings(
+                self._calls, files, area.kind, area.page_size, area.fd, self.size, area.numa_node
+            )
             self._adopt(area, request)
         except BaseException:
             self.abandon()
@@ -271,6 +278,7 @@ class KernelMapping(Mapping):
             "repopulate": self.recipe.again(self.strategy),
             "recycle": self.recipe.recycle(self.strategy),
             "discard": self.recipe.discard or self.recipe.cleanse,
+            **ADVICE,
         }[operation]
         job.base = ffi.cast("char *", self._address)
         job.fd = -1 if self._fd is None else self._fd.fd
@@ -304,6 +312,7 @@ class KernelMapping(Mapping):
             flags=lib.MAP_PRIVATE | lib.MAP_ANONYMOUS,
             page_size=self.page_size,
             thp=self.thp,
+            numa_node=self._numa_node,
         )
         return KernelMapping(area, request, self.strategy)
 
@@ -338,6 +347,13 @@ class KernelMapping(Mapping):
         if self.recipe.evidence is Evidence.PRIVATE_PAGES:
             total += sum(length for _, length in residency.private_pages(self._address, self.size))
         return total
+
+    def huge_pages(self, offset: int, length: int) -> Iterator[Run] | None:
+        found = residency.huge_pages(self._address + offset, length)
+        return None if found is None else _shifted(iter(found), offset)
+
+    def refusal(self, advice: str) -> str:
+        return refusal(self._calls, self.kind, self.page_size, self.thp, advice)
 
     def limits(self) -> Iterable[Limit]:
         return () if self._surroundings is None else self._surroundings.limits()

@@ -14,6 +14,7 @@ from sparsemem.backends.adopted import adopt_mapping, fit_size, kind_of
 from sparsemem.backends.allocated import check_existing
 from sparsemem.backends.base import Backend, Request
 from sparsemem.backends.kernel import Area, KernelMapping, page_flags, reserving
+from sparsemem.backends.numa import check_node
 from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.pages import block_size_for, huge_text, resolve_page_size
 from sparsemem.backends.strategies import check_strategy
@@ -38,6 +39,9 @@ class Memfd(Backend):
             it is duplicated, and stays open when the region closes.
         existing: As for `File`, for an adopted descriptor.
         strategy: How to populate, by name; see `sparsemem.recipes.STRATEGIES`.
+        numa_node: Take all memory from this NUMA node (mbind(2), MPOL_BIND), and
+            populate on its processors.  None takes it from wherever there is some.
+            Pages that an adopted memfd has already stay where they are.
     """
 
     shared: bool = field(default=True, validator=switch)
@@ -47,6 +51,7 @@ class Memfd(Backend):
     fd: int | None = None
     existing: str = field(default="error", converter=check_existing)
     strategy: str = field(default="auto", converter=check_strategy)
+    numa_node: int | None = field(default=None, validator=check_node)
     _page_size: int = field(init=False, repr=False)
 
     @_page_size.default
@@ -76,7 +81,9 @@ class Memfd(Backend):
             else (Kind.SHMEM_SHARED if self.shared else Kind.SHMEM_PRIVATE)
         )
         with fd.closed_on_error():
-            area = Area(kind=kind, flags=flags, page_size=self._page_size, fd=fd, thp=self.thp)
+            area = Area(
+                kind=kind, flags=flags, page_size=self._page_size, fd=fd, thp=self.thp, numa_node=self.numa_node
+            )
             return KernelMapping(area, request, self.strategy)
 
     def _create(self, calls: Calls, request: Request, huge: int) -> Descriptor:
@@ -99,5 +106,6 @@ class Memfd(Backend):
             "fd": self.fd,
             "existing": None if self.existing == "error" else self.existing,
             "strategy": None if self.strategy == "auto" else self.strategy,
+            "numa_node": self.numa_node,
         }
         return options_text("memfd", options)

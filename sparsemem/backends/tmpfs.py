@@ -14,6 +14,7 @@ from sparsemem._sys.files import PAGE_SIZE
 from sparsemem.backends.adopted import fit_size
 from sparsemem.backends.base import Backend, Request
 from sparsemem.backends.kernel import Area, KernelMapping, reserving
+from sparsemem.backends.numa import check_node
 from sparsemem.backends.options import optional_switch, switch
 from sparsemem.backends.strategies import check_strategy
 from sparsemem.backends.text import options_text
@@ -44,6 +45,7 @@ class Tmpfs(Backend):
         shared: As for `Memfd`; so is `thp`.
         thp: Transparent huge pages; see `Anonymous`.
         strategy: How to populate, by name; see `sparsemem.recipes.STRATEGIES`.
+        numa_node: As for `Memfd`.
     """
 
     limit: Size | None = None
@@ -51,6 +53,7 @@ class Tmpfs(Backend):
     shared: bool = field(default=True, validator=switch)
     thp: bool | None = field(default=None, validator=optional_switch)
     strategy: str = field(default="auto", converter=check_strategy)
+    numa_node: int | None = field(default=None, validator=check_node)
     _limit: int = field(init=False, repr=False)
 
     @_limit.default
@@ -72,7 +75,7 @@ class Tmpfs(Backend):
         kind = Kind.SHMEM_SHARED if self.shared else Kind.SHMEM_PRIVATE
         flags = lib.MAP_SHARED if self.shared else lib.MAP_PRIVATE
         with fd.closed_on_error():
-            area = Area(kind=kind, flags=flags, page_size=PAGE_SIZE, fd=fd, thp=self.thp)
+            area = Area(kind=kind, flags=flags, page_size=PAGE_SIZE, fd=fd, thp=self.thp, numa_node=self.numa_node)
             return KernelMapping(area, request, self.strategy)
 
     def _create(self, calls: Calls, request: Request) -> Descriptor:
@@ -97,5 +100,6 @@ class Tmpfs(Backend):
             "private": not self.shared,
             "thp": self.thp,
             "strategy": None if self.strategy == "auto" else self.strategy,
+            "numa_node": self.numa_node,
         }
         return options_text("tmpfs", options)

@@ -72,7 +72,9 @@ def _facts(facts: dict[str, Any], raw: bool) -> list[tuple[str, str]]:
         "userfaultfd, private memory:": "uffd_copy",
         "userfaultfd, shared memory:": "uffd_shmem",
         "UFFDIO_MOVE (warm pool):": "uffd_move",
-        "MADV_COLLAPSE of memfds:": "collapse",
+        "MADV_COLLAPSE, private memory:": "collapse_private",
+        "MADV_COLLAPSE, shared memory:": "collapse",
+        "MADV_COLD, MADV_PAGEOUT:": "cold",
         "Named mappings:": "named_mappings",
     }
     rows = [
@@ -84,6 +86,7 @@ def _facts(facts: dict[str, Any], raw: bool) -> list[tuple[str, str]]:
             (f"Huge pages of {name}:", f"{pool['free']} of {pool['total']} free")
             for name, pool in facts["huge_pages"].items()
         ),
+        ("NUMA nodes:", ", ".join(map(str, facts["numa_nodes"])) or "none"),
         ("Largest reservation:", size("largest_reservation")),
         ("Overcommit mode:", _OVERCOMMIT.get(facts["overcommit_memory"], "unknown")),
         ("Locked memory limit:", size("locked_memory_limit", "unlimited")),

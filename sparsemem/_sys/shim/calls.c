@@ -185,6 +185,19 @@ int sm_name_mapping(uint64_t address, uint64_t length, const char *name)
                         (unsigned long)length, name));
 }
 
+/* MPOL_BIND: pages come from this node or not at all, whichever CPU asks for them. */
+int sm_bind(uint64_t address, uint64_t length, unsigned node)
+{
+    enum { BIND = 2, BITS = 8 * sizeof(unsigned long), NODES = 1024 };  /* mempolicy.h */
+    unsigned long nodes[NODES / BITS] = {0};
+
+    if (node >= NODES)
+        return -EINVAL;
+    nodes[node / BITS] = 1ul << node % BITS;
+    /* The kernel reads one bit less than it is told (mbind(2)). */
+    return result(syscall(SYS_mbind, address, length, BIND, nodes, NODES + 1ul, 0u));
+}
+
 int64_t sm_filesystem_type(int fd, uint64_t *block_size)
 {
     struct statfs about;

@@ -132,7 +132,8 @@ enum {                      /* the steps that recipes are made of       */
     SM_STEP_DONTNEED = 1, SM_STEP_REMOVE, SM_STEP_PUNCH, SM_STEP_FALLOCATE,
     SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO,
     SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE,
-    SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_MOVE, SM_STEP_COUNT
+    SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_MOVE,
+    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
@@ -194,6 +195,7 @@ typedef struct {
     uint64_t bytes;         /* all bytes done                           */
     uint64_t calls;         /* system calls made                        */
     uint64_t reached;       /* bytes that a failed futex step populated */
+    uint64_t collapsed;     /* bytes that are huge, as a collapse says  */
     uint64_t failed_at;     /* offset of what a step failed on          */
     int failed;             /* the errno of a step that failed, or 0    */
     unsigned nsteps;
@@ -244,6 +246,7 @@ int sm_memfd_secret(unsigned flags);
 int sm_detached_tmpfs(const char *size, const char *huge);
 int sm_enter_namespaces(void);
 int sm_name_mapping(uint64_t address, uint64_t length, const char *name);
+int sm_bind(uint64_t address, uint64_t length, unsigned node);
 int64_t sm_filesystem_type(int fd, uint64_t *block_size);
 
 typedef struct {

@@ -32,6 +32,12 @@ struct uffdio_move { __u64 dst, src, len, mode; __s64 move; };
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
+#ifndef MADV_COLD
+#define MADV_COLD 20
+#endif
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
 
 static int result(long returned) { return returned < 0 ? -errno : 0; }
 
@@ -224,6 +230,23 @@ static int populate_first_pages(sm_job *job, uint64_t offset, uint64_t length)
     return error;
 }
 
+/*
+ * Makes huge pages of what is there, and keeps its content.  Where it may not
+ * (shmem_enabled=deny, PR_SET_THP_DISABLE) or cannot (no huge page to be had, nothing
+ * there at all), small pages stay: no error, but `collapsed` tells.  A call for each
+ * huge page, since one over several says only whether it could make all of them.
+ */
+static void collapse(sm_job *job, char *at, uint64_t length)
+{
+    for (uint64_t done = 0; done < length; done += job->huge) {
+        uint64_t piece = length - done < job->huge ? length - done : job->huge;
+
+        job->calls += done > 0;         /* the first one is counted already */
+        if (!madvise(at + done, piece, MADV_COLLAPSE))
+            job->collapsed += piece;
+    }
+}
+
 /* One step over one range; 0 or -errno.  What a failed one has done is unknown. */
 int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
 {
@@ -246,10 +269,12 @@ int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
     case SM_STEP_FIRST_PAGES:
         return populate_first_pages(job, offset, length);
     case SM_STEP_COLLAPSE:
-        /* Where it may not (shmem_enabled=deny, PR_SET_THP_DISABLE) or cannot (no huge
-         * page to be had), the populate that follows fills small pages. */
-        madvise(at, length, MADV_COLLAPSE);
+        collapse(job, at, length);
         return 0;
+    case SM_STEP_COLD:
+        return result(madvise(at, length, MADV_COLD));
+    case SM_STEP_PAGEOUT:
+        return result(madvise(at, length, MADV_PAGEOUT));
     case SM_STEP_UFFD_COPY:
         return uffd_populate(job, at, length, 0);
     case SM_STEP_UFFD_ZEROPAGE:
