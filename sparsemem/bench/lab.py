@@ -11,7 +11,7 @@ from types import ModuleType
 
 from sparsemem.bench.model import Case, Figures, Result, Row, Scale, Way
 from sparsemem.bench.peers import Peers, compiled
-from sparsemem.errors import SparseMemError
+from sparsemem.errors import DeadlineError, SparseMemError
 from sparsemem.region import Region
 
 _GRAIN = 2 << 20
@@ -32,7 +32,7 @@ class Lab:
     def __init__(self, scale: Scale, peers: Peers | str, numpy: ModuleType | str) -> None:
         self.scale = scale
         self.processors = len(os.sched_getaffinity(0))
-        self.deadline = None if scale.seconds is None else time.monotonic() + scale.seconds
+        self._deadline = None if scale.seconds is None else time.monotonic() + scale.seconds
         self._peers = peers
         self._numpy = numpy
 
@@ -40,6 +40,15 @@ class Lab:
         """One thread and all: a name, how many, and why they cannot be had."""
         yield "1 thread", 1, ""
         yield "all threads", self.processors, "" if self.processors > 1 else "there is one processor only"
+
+    def check_time(self) -> None:
+        """Goes on if there is time.
+
+        Raises:
+            DeadlineError: There is none left; fewer rounds would be no measurement.
+        """
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise DeadlineError(f"no time is left of the {self.scale.seconds:g} s that --{self.scale.name} has")
 
     @property
     def peers(self) -> Peers | None:
@@ -80,20 +89,20 @@ def laboratory(scale: Scale) -> Iterator[Lab]:
 
 def run_case(case: Case, lab: Lab) -> Result:
     """All ways in turn, round after round; the first round warms up and does not count."""
-    if lab.deadline is not None and time.monotonic() > lab.deadline:
-        return Result(case, skipped={"": f"no time is left of the {lab.scale.seconds:g} s that --{lab.scale.name} has"})
     try:
+        lab.check_time()
         with case.ways(lab) as ways:
-            return _run_ways(case, ways, lab.scale.rounds)
+            return _run_ways(case, ways, lab)
     except FAILURES as error:
         return Result(case, skipped={"": explain(error)})
 
 
-def _run_ways(case: Case, ways: Iterable[Way], rounds: int) -> Result:
+def _run_ways(case: Case, ways: Iterable[Way], lab: Lab) -> Result:
     skipped = {way.name: way.reason for way in ways if way.reason}
     kept = [way for way in ways if not way.reason]
     rounds_of: dict[str, list[Figures]] = {way.name: [] for way in kept}
-    for _ in range(1 + rounds):
+    for _ in range(1 + lab.scale.rounds):
+        lab.check_time()
         for way in kept:
             if way.name in skipped:
                 continue

@@ -23,9 +23,9 @@ One run of `sparsemem bench`, on one machine; what another gives is best measure
 $ sparsemem bench {arguments}> benchmarks/RESULTS.md
 ```
 
-All ways of a case take turns in one process, for {rounds} rounds after one that does not count. A figure is the median of
-the rounds, with the least and the most; a ratio is to the case's peer, round by round. Lower is better, except for
-rates. Before each measurement as much memory as it needs is populated and freed, so that the host has given it already.
+All ways of a case take turns in one process, for {rounds} rounds after one that does not count. A figure is the median
+of the rounds, with the least and the most; a ratio is to the case's peer, round by round. Lower is better, except for
+rates. Just before each measurement as much memory as it needs is populated and freed: the host has given it then.
 
 ## The machine
 

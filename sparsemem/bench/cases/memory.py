@@ -182,7 +182,7 @@ def _ways(kind: Kind, lab: Lab) -> Iterator[list[Way]]:
         if bare.advice == lib.MADV_HUGEPAGE:
             small = attrs.evolve(bare, advice=lib.MADV_NOHUGEPAGE)
             ways += system_calls(lab, small, size, _SMALL, of=" of 4 KiB pages")
-        yield [*ways, *others(lab, bare, size)]
+        yield [*ways, *others(lab, bare, size)] if lab.scale.thorough else ways
 
 
 def _size(kind: Kind, size: int) -> int:
@@ -199,7 +199,7 @@ def _size(kind: Kind, size: int) -> int:
 def _ours(kind: Kind, lab: Lab, size: int, folder: str) -> Iterator[Way]:
     """Each strategy with one thread and with all."""
     memory = 0 if kind.pool else size
-    for strategy in STRATEGIES:
+    for strategy in STRATEGIES if lab.scale.thorough else STRATEGIES[:1]:
         reason = _trial(partial(_region, kind, size, folder, strategy, 1))
         if reason:
             yield Way(f"sparsemem {strategy}", reason=reason)

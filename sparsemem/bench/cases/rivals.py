@@ -74,11 +74,13 @@ def system_calls(lab: Lab, bare: Bare, size: int, block: int, *, of: str = "") -
     """MADV_POPULATE_WRITE from C, and what QEMU does; `of` is added to the names."""
     way = partial(lab.in_c, memory=bare.memory(size))
     yield way(f"C populate_write{of}", partial(_advised, bare, size, size))
-    yield way(f"C populate_write{of}, block by block", partial(_advised, bare, size, block))
+    if lab.scale.thorough:
+        yield way(f"C populate_write{of}, block by block", partial(_advised, bare, size, block))
     for name, threads, reason in lab.threads():
         populate = partial(_preallocated, bare, size, threads)
         yield way(f"QEMU populate_write{of}, {name}", partial(populate, touch=False), reason=reason)
-        yield way(f"QEMU touch{of}, {name}", partial(populate, touch=True), reason=reason)
+        if lab.scale.thorough:
+            yield way(f"QEMU touch{of}, {name}", partial(populate, touch=True), reason=reason)
 
 
 def others(lab: Lab, bare: Bare, size: int) -> Iterator[Way]:
