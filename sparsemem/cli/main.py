@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import sparsemem
-from sparsemem.cli import demo, probe
+from sparsemem.cli import bench, demo, probe
 from sparsemem.errors import SparseMemError
 
-_COMMANDS = (probe, demo)
+_COMMANDS = (probe, demo, bench)
 _EPILOG = """\
 examples:
   sparsemem probe                   what this kernel, user and machine can do
   sparsemem demo                    plug and unplug real memory on every backend
   sparsemem demo --backend memfd    on this one only
+  sparsemem bench --quick           measure, against bare system calls and others
   sparsemem probe --json            for other programs
 
 `sparsemem COMMAND --help` says more.

@@ -1,0 +1,170 @@
+"""The figures of `sparsemem bench`, as text for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sparsemem.bench.model import BYTES, RATE, SECONDS, Result, Row, Spread
+from sparsemem.bench.outcome import Judged, Outcome, ratio_of
+from sparsemem.bench.targets import Kind
+from sparsemem.cli.table import columns
+from sparsemem.units import format_size
+
+_SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+_ANOTHER = "another machine's, as published"
+
+_INTRODUCTION = """\
+# Results of one run
+
+One run of `sparsemem bench`, on one machine; what another gives is best measured there. To repeat it, with about
+20 GiB of free memory, a C compiler, numpy and nothing else running:
+
+```console
+$ sparsemem bench {arguments}> benchmarks/RESULTS.md
+```
+
+All ways of a case take turns in one process, for {rounds} rounds after one that does not count. A figure is the median
+of the rounds, with the least and the most; a ratio is to the case's peer, round by round. Lower is better, except for
+rates. Just before each measurement as much memory as it needs is populated and freed: the host has given it then.
+
+## The machine
+
+{machine}
+"""
+
+
+def value(figure: float, unit: str) -> str:
+    """A figure with its unit: `250 ms`, `64K`, `1.00 x`, `4.2 GiB/s`."""
+    if unit == BYTES:
+        return format_size(round(figure))
+    if unit != SECONDS:
+        return f"{_digits(figure)} {unit}"
+    scale, name = next((each for each in _SCALES if abs(figure) >= each[0]), _SCALES[-1])
+    return f"{_digits(figure / scale)} {name}"
+
+
+def _digits(figure: float) -> str:
+    """Three significant digits, without an exponent."""
+    size = abs(figure)
+    return f"{figure:.0f}" if size >= 100 else f"{figure:.1f}" if size >= 10 else f"{figure:.2f}"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.3f}" if ratio < 10 else _digits(ratio)
+
+
+def _range(spread: Spread, unit: str) -> str:
+    return f"{value(spread.least, unit)} .. {value(spread.most, unit)}"
+
+
+# ---- cases ------------------------------------------------------------------------------------
+
+
+def _tables(result: Result) -> Iterator[list[tuple[str, ...]]]:
+    """One for each measure: way, median, range, ratio, range."""
+    for measure in result.case.measures:
+        rows = [_cells(result, row, measure.unit) for row in result.rows if row.measure == measure.name]
+        if not rows:
+            continue
+        rows += [
+            (f"{published.name} ({_ANOTHER})", value(published.value, RATE), "", "", "")
+            for published in result.case.published
+            if published.measure == measure.name
+        ]
+        yield [(measure.name, "median", "least .. most", f"to {measure.peer}", "least .. most"), *rows]
+
+
+def _cells(result: Result, row: Row, unit: str) -> tuple[str, ...]:
+    spread, ratio = row.spread, ratio_of(result, row)
+    shown = (_ratio(ratio.median), f"{_ratio(ratio.least)} .. {_ratio(ratio.most)}") if ratio else ("-", "-")
+    return (row.way, value(spread.median, unit), _range(spread, unit), *shown)
+
+
+def _skipped(result: Result) -> Iterator[str]:
+    """What was not measured; ways with one reason in one line."""
+    ways: dict[str, list[str]] = {}
+    for way, reason in result.skipped.items():
+        ways.setdefault(reason, []).append(way)
+    for reason, names in ways.items():
+        yield f"not measured: {'; '.join(names)}: {reason}" if names != [""] else f"not measured: {reason}"
+
+
+def case_text(result: Result) -> str:
+    """A case for the terminal."""
+    lines = [f"{result.case.name}: {result.case.title}"]
+    for heading, *rows in _tables(result):
+        lines.append(
+            columns([[cell.upper() for cell in heading[:3]] + [*heading[3:]], *rows], right=(1, 2, 4), indent="  ")
+        )
+    lines += [f"  {line}" for line in _skipped(result)]
+    return "\n".join(lines) + "\n"
+
+
+# ---- targets -----------------------------------------------------------------------------------
+
+
+def _target_rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
+    units = {(result.case.name, each.name): each.unit for result in outcome.results for each in result.case.measures}
+    for judged in outcome.judged:
+        target = judged.target
+        unit = units[target.case, target.measure]
+        against = f"over {target.peer}" if target.kind is Kind.DIFFERENCE else target.peer or "-"
+        yield (
+            f"{target.case}: {target.measure}",
+            target.way,
+            against,
+            *_measured(judged, unit),
+            judged.verdict.value + (f": {judged.reason}" if judged.reason else ""),
+        )
+
+
+def _measured(judged: Judged, unit: str) -> tuple[str, str, str]:
+    """Limit, median, range."""
+    spread = judged.measured
+    if judged.target.kind is Kind.RATIO:
+        limit = f"<= {judged.limit:g}"
+        return (
+            (limit, _ratio(spread.median), f"{_ratio(spread.least)} .. {_ratio(spread.most)}")
+            if spread
+            else (limit, "-", "-")
+        )
+    limit = f"<= {value(judged.limit, unit)}"
+    return (limit, value(spread.median, unit), _range(spread, unit)) if spread else (limit, "-", "-")
+
+
+_TARGETS = ("case", "way", "against", "target", "median", "least .. most", "")
+
+
+def _summary(outcome: Outcome) -> str:
+    return ", ".join(f"{count} {verdict}" for verdict, count in outcome.counts().items())
+
+
+def targets_text(outcome: Outcome) -> str:
+    """The targets for the terminal."""
+    if not outcome.judged:
+        return "none of the targets is about these cases"
+    table = columns([[cell.upper() for cell in _TARGETS], *_target_rows(outcome)], right=(3, 4, 5))
+    return f"{table}\n\ntargets: {_summary(outcome)}"
+
+
+# ---- Markdown ----------------------------------------------------------------------------------
+
+
+def report(outcome: Outcome) -> str:
+    """All of it as a document."""
+    options = ["--quick"] if outcome.scale.name == "quick" else []
+    machine = _markdown([("", ""), *outcome.machine.items()])
+    arguments = "".join(f"{option} " for option in [*options, "--markdown"])
+    parts = [_INTRODUCTION.format(arguments=arguments, rounds=outcome.scale.rounds, machine=machine)]
+    parts.append(f"## The targets\n\n{_summary(outcome)}.\n\n{_markdown([_TARGETS, *_target_rows(outcome)])}\n")
+    for result in outcome.results:
+        parts.append(f"## {result.case.name}\n\n{result.case.title[0].upper()}{result.case.title[1:]}.\n")
+        parts += [_markdown(table) + "\n" for table in _tables(result)]
+        parts += [f"{line}\n" for line in _skipped(result)]
+    return "\n".join(parts).rstrip()
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    heading, *rest = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    lines = [heading, ["---"] * len(heading), *rest]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
