@@ -11,7 +11,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import sparsemem
-from sparsemem import Cause, Region, SparseMemError
+from sparsemem import Cause, Region, SparseMemError, UnsupportedError
 from sparsemem.backends import Anonymous, Backend, File, Memfd, Secret, from_text
 from sparsemem.cli.main import build_parser
 from sparsemem.recipes import RECIPES, Kind, Step
@@ -22,7 +22,7 @@ WHY = ROOT / "docs" / "why-did-my-plug-fail.md"
 DOCUMENTS = [README, ROOT / "DESIGN.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXECUTED = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN = {Step.DONTNEED: "`MADV_DONTNEED`", Step.REMOVE: "`MADV_REMOVE`", Step.PUNCH: "`FALLOC_FL_PUNCH_HOLE`"}
-LATER = {"SnapshotError", "OperationCancelledError", "DeadlineError"}  # nothing raises them yet
+LATER = {"SnapshotError"}  # nothing raises it yet
 
 
 def rows(document: Path) -> list[list[str]]:
@@ -36,8 +36,14 @@ def test_the_examples_run(path: Path) -> None:
     examples = list(Sybil(parsers=[PythonCodeBlockParser()]).parse(path).examples())
     assert len(examples) == path.read_text().count("```python"), "an example was not found"
     assert examples
+    missing = []
     for example in examples:
-        example.evaluate()
+        try:
+            example.evaluate()
+        except UnsupportedError as error:
+            missing.append(str(error))
+    if missing:
+        pytest.skip(f"needs more than this kernel has: {'; '.join(missing)}")
 
 
 def test_an_example_that_is_wrong_fails(tmp_path: Path) -> None:
@@ -140,7 +146,7 @@ def test_every_error_is_explained() -> None:
 
 def test_the_commands_that_are_shown_exist() -> None:
     lines = re.findall(r"^\$ sparsemem ([^#\n]*)", README.read_text(), re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"probe", "demo"}
+    assert {line.split()[0] for line in lines} >= {"probe", "demo"}
     for line in lines:
         build_parser().parse_args(line.split())
     targets = re.findall(r"^\$ make (\w+)", README.read_text(), re.MULTILINE)
