@@ -78,7 +78,7 @@ def test_the_exit_status_of_wrong_usage_reaches_the_shell() -> None:
     assert done.stderr.startswith("sparsemem: error: ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["probe", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["probe", "--help"], ["demo", "--help"], ["bench", "--help"]])
 def test_help_shows_examples(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 0

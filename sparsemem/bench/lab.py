@@ -91,6 +91,7 @@ def run_case(case: Case, lab: Lab) -> Result:
     """All ways in turn, round after round; the first round warms up and does not count."""
     try:
         lab.check_time()
+        gc.collect()  # what the case before has left shall not be this one's burden
         with case.ways(lab) as ways:
             return _run_ways(case, ways, lab)
     except FAILURES as error:
@@ -107,7 +108,6 @@ def _run_ways(case: Case, ways: Iterable[Way], lab: Lab) -> Result:
             if way.name in skipped:
                 continue
             try:
-                gc.collect()
                 warm(way.memory)
                 rounds_of[way.name].append(way.run())
             except FAILURES as error:

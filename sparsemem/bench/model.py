@@ -51,7 +51,7 @@ class Scale:
     seconds: float | None = None
 
 
-FULL = Scale("full", 7, 1 << 30, 65536, 4096, 5000, 4 << 30, 1 << 28)
+FULL = Scale("full", 5, 1 << 30, 65536, 4096, 5000, 4 << 30, 1 << 28)
 QUICK = Scale("quick", 5, 128 << 20, 8192, 128, 1000, 256 << 20, 1 << 22, thorough=False, seconds=50)
 TINY = Scale("tiny", 1, 4 << 20, 64, 2, 10, 8 << 20, 1 << 13)
 """Shows that everything works, not how fast."""

@@ -108,6 +108,7 @@ def _show(outcome: Outcome, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(as_data(outcome), indent=2))
     elif options.markdown:
-        print(figures.report(outcome))
+        quick = ["--quick"] if options.quick else []
+        print(figures.report(outcome, [*quick, "--markdown", *options.names]))
     else:
         print(figures.targets_text(outcome))
