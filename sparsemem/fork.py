@@ -30,6 +30,8 @@ def _after_in_child() -> None:
     for core in cores:
         core.blocks.after_fork(refuse=not core.mapping.fork_inherits)
         core.tally.after_fork()
+        if core.warm is not None:
+            core.warm.after_fork()
     for core in cores:
         core.mapping.after_fork_in_child()  # last: a backend of somebody else's may raise
 

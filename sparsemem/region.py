@@ -777,6 +777,7 @@ class Region:
         Raises:
             BackendExhaustedError: There is not so much memory.
             PopulateError: The kernel failed otherwise.
+            BlockStateError: Called from within its own `progress`.
             OperationCancelledError: It was cancelled.
             DeadlineError: It took too long.
             RegionClosedError: It is closed.

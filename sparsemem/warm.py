@@ -7,12 +7,14 @@ and taken from its end, in the engine's loop.
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
 from sparsemem._sys import ffi, lib
 from sparsemem.backends.base import Mapping
 from sparsemem.engine import UNWATCHED, Control, Work
+from sparsemem.errors import BlockStateError
 from sparsemem.runs import single
 
 
@@ -46,30 +48,34 @@ class Warm:
 
         Raises:
             StepFailedError: There was not so much; the pool is as before.
-            What `Control.check` raises; likewise.
+            BlockStateError: This thread is filling it already, in whose progress we are.
+            What `Control.check` raises; the pool is as before.
         """
+        if self._mine():
+            raise BlockStateError("cannot refill: this thread is already at it (a call from within its progress=?)")
         hold = self._hold()
         try:
-            ready = self.ready
-            if ready == self.size:
-                return 0
-            work = Work(self._pool, "populate", single(ready, self.size - ready, self.size, "byte"), 0)
-            try:
-                work.run(control)
-            except BaseException:
-                self._discard(ready)
-                raise
-            self.c.ready = self.size
-            return self.size - ready
+            ready, missing = self.ready, self.size - self.ready
+            if missing:
+                work = Work(self._pool, "populate", single(ready, missing, self.size, "byte"), 0)
+                try:
+                    work.run(control)
+                except BaseException:
+                    self._discard(ready)
+                    raise
+                self.c.ready = self.size
+            return missing
         finally:
             lib.sm_hold_release(hold)
 
     def give_back(self) -> int:
-        """Discards all that is ready; the bytes.
+        """Discards all that is ready; the bytes.  None of it if this thread is filling it.
 
         Raises:
             StepFailedError: A discard failed.
         """
+        if self._mine():
+            return 0
         hold = self._hold()
         try:
             ready, self.c.ready = self.ready, 0
@@ -80,16 +86,27 @@ class Warm:
             lib.sm_hold_release(hold)
 
     def close(self) -> None:
-        """Lets go of the memory; for a region that is closed."""
-        self.c.ready = 0
+        """Lets go of the memory, once nobody fills it; for a region that is closed."""
+        if self._mine():
+            return  # the memory goes with the last who refers to it
+        hold = self._hold()
+        self.size = self.c.ready = 0  # whoever comes later finds nothing missing
         self._pool.close()
+        lib.sm_hold_release(hold)
+
+    def after_fork(self) -> None:
+        """In a child: nothing is held ready, and nothing will be, for only the parent can move pages."""
+        self.size = self.c.ready = self.c.owner = self.c.held = 0
 
     def _discard(self, start: int) -> None:
         Work(self._pool, "discard", single(start, self.size - start, self.size, "byte"), 0).run()
 
+    def _mine(self) -> bool:
+        return bool(self.c.owner == threading.get_ident())
+
     def _hold(self) -> Any:
         """Keeps all others out, until released or dropped; plugs that come meanwhile go without the pool."""
         hold = ffi.gc(ffi.new("sm_hold *"), lib.sm_hold_release)
-        while not lib.sm_hold_take(hold, self.c):
+        while not lib.sm_hold_take(hold, self.c, threading.get_ident()):
             time.sleep(0.001)
         return hold

@@ -233,12 +233,59 @@ def test_a_child_never_takes_from_the_parents(mode: str) -> None:
             region.plug(1, 2)
             with region.view(1, 2) as view:
                 zero = view == bytes(4 * MIB)
-            return zero, region.audit().ok
+            return zero and region.refill() == region.stats().warm_size == 0, region.audit().ok
 
         assert run_child(child).result() == (True, True)
         assert region.stats().warm_size == 6 * MIB
         region.plug(1, 3)
         assert region.audit().ok
+
+
+def test_a_child_does_not_wait_for_a_thread_that_it_does_not_have() -> None:
+    """Another thread of the parent's held the pool at the fork."""
+    with Region("64M", block_size="2M", warm="8M", fork="inherit") as region:
+        pool = region._core.warm
+        assert pool is not None
+        pool.c.held = 1
+
+        def child() -> tuple[int, int, int]:
+            return region.plug(0), region.refill(), pool.give_back()
+
+        assert run_child(child, timeout=10).result() == (1, 0, 0)
+        pool.c.held = 0
+
+
+def test_what_its_progress_calls_neither_deadlocks_nor_pulls_it_away() -> None:
+    with Region("256M", block_size="2M", warm="64M") as region:
+        region.plug(0, 32)
+
+        def meddle(done: int, total: int) -> None:
+            with pytest.raises(BlockStateError, match="already at it"):
+                region.refill()
+            if done == 0:
+                region.plug(40)
+
+        assert region.refill(progress=meddle) == 64 * MIB
+        assert region.audit().ok
+
+
+def test_a_close_waits_for_a_refill_in_another_thread() -> None:
+    began, go_on = threading.Event(), threading.Event()
+    region = Region("256M", block_size="2M", warm="64M")
+    region.plug(0, 32)
+
+    def wait(done: int, total: int) -> None:
+        began.set()
+        assert go_on.wait(20)
+
+    refilling = threading.Thread(target=region.refill, kwargs={"progress": wait})
+    refilling.start()
+    assert began.wait(20)
+    threading.Timer(0.1, go_on.set).start()
+    region.close()
+    assert go_on.is_set()
+    refilling.join()
+    assert region.stats().warm_size == 0
 
 
 def test_threads_share_it(block: int) -> None:

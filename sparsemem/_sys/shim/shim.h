@@ -166,11 +166,12 @@ typedef struct {            /* populated pages, ready to be moved       */
     uint64_t ready;         /* bytes from base on that are populated    */
     uint64_t unit;          /* the largest page                         */
     int held;               /* somebody takes from it or fills it       */
+    uint64_t owner;         /* the thread with a sm_hold, or 0          */
 } sm_warm;
 
 typedef struct { sm_warm *warm; } sm_hold;
 
-int sm_hold_take(sm_hold *hold, sm_warm *warm);
+int sm_hold_take(sm_hold *hold, sm_warm *warm, uint64_t owner);
 void sm_hold_release(sm_hold *hold);
 
 typedef struct {            /* a place in a job's runs                  */

@@ -94,18 +94,21 @@ int64_t sm_uffd_register(const sm_uffd *u, uint64_t address, uint64_t length)
 
 /* The pool is held in one call each, by an object that lets go when it dies: an interrupt
  * in between cannot leave it held. */
-int sm_hold_take(sm_hold *hold, sm_warm *warm)
+int sm_hold_take(sm_hold *hold, sm_warm *warm, uint64_t owner)
 {
     if (__atomic_exchange_n(&warm->held, 1, __ATOMIC_ACQUIRE))
         return 0;
+    warm->owner = owner;
     hold->warm = warm;
     return 1;
 }
 
 void sm_hold_release(sm_hold *hold)
 {
-    if (hold->warm)
+    if (hold->warm) {
+        hold->warm->owner = 0;
         __atomic_store_n(&hold->warm->held, 0, __ATOMIC_RELEASE);
+    }
     hold->warm = NULL;
 }
 
