@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from sparsemem import Anonymous, Budget, File, Memfd, Region
+from sparsemem._sys.descriptor import Descriptor
+from sparsemem._sys.files import KernelFiles
+from sparsemem._sys.uffd import Userfaultfd
 from sparsemem.backends import Backend
 from tests.support import accounting
 from tests.test_failed_making import BLOCK, DATA, file  # noqa: F401 - the fixture
@@ -81,3 +84,9 @@ def test_an_interrupt_at_every_line_of_making_one_leaves_nothing(
         assert not (tmp_path / "new").exists(), f"line event {n}: the file"
     assert n > 50
     assert file.read_bytes()[BLOCK : BLOCK + len(DATA)] == DATA
+
+
+def test_what_an_interrupted_constructor_left_dies_in_silence() -> None:
+    """__init__ never ran: in CI an interrupt came at its first line, and __del__ complained on standard error."""
+    for made in (KernelFiles, Userfaultfd, Descriptor):
+        made.__new__(made).__del__()

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -96,7 +97,8 @@ class KernelFiles:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        with contextlib.suppress(AttributeError):  # an interrupted constructor has opened nothing
+            self.close()
 
 
 _shared: weakref.ref[KernelFiles] | None = None
