@@ -276,6 +276,8 @@ def test_an_interrupt_anywhere_leaves_nothing_held(advice: str, event: str) -> N
         except UnsupportedError as error:
             pytest.skip(f"needs MADV_{advice.upper()} ({error})")
         n, came = 0, True
+        # Python 3.12 traces opcodes only of code that was traced before.
+        assert not interrupted(lambda: getattr(region, advice)(0, 4), 1 << 30, event)
         while came:
             n += 1
             came = interrupted(lambda: getattr(region, advice)(0, 4), n, event)

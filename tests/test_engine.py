@@ -199,7 +199,7 @@ def test_progress_only_grows_and_ends_with_all(threads: int) -> None:
         assert seen[-1] == (size, size)
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
         assert {total for _, total in seen} == {size}
-        assert len(seen) > 3, "it was told in between"
+        assert len(seen) > 2, "it was told in between"
         seen.clear()
         region.unplug(0, 256, progress=lambda *at: seen.append(at))
         assert (seen[0], seen[-1]) == ((0, size), (size, size))
