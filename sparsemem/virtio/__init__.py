@@ -1,0 +1,6 @@
+"""virtio-mem and virtio-balloon devices over regions, which unmodified guest drivers work with.
+
+Four layers, none of which knows the insides of another: `wire` turns bytes into
+requests and back; the devices (`mem`, `balloon`) decide what happens to memory;
+`queue` reads requests out of guest memory; `vhost_user` talks to the VMM.
+"""
