@@ -6,9 +6,11 @@ only when a watchdog says that the guest must be stuck.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -54,7 +56,7 @@ class Guest:
     """
 
     def __init__(self, process: subprocess.Popen[bytes], kernel_log: Path) -> None:
-        """Takes a process whose standard input and output are the guest's console; it may still be booting."""
+        """Takes a process, leader of a group of its own, whose standard input and output are the guest's console."""
         self.process = process
         self.kernel_log = kernel_log
         self._number = 0
@@ -107,7 +109,9 @@ class Guest:
 
     def close(self) -> None:
         """Ends the guest at once, as when its power goes."""
-        self.process.kill()
+        # A user-mode kernel is several processes, of one group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:

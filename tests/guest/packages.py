@@ -68,7 +68,9 @@ class Packages:
     @property
     def environment(self) -> dict[str, str]:
         """The environment in which the unpacked programs find their libraries."""
-        folders = [str(folder) for pattern in ("usr/lib/*-linux-gnu", "lib/*-linux-gnu") for folder in self.root.glob(pattern)]
+        folders = [
+            str(folder) for pattern in ("usr/lib/*-linux-gnu", "lib/*-linux-gnu") for folder in self.root.glob(pattern)
+        ]
         return {**os.environ, "LD_LIBRARY_PATH": ":".join(folders)}
 
     def module(self, name: str, folder: str = "lib/modules") -> bytes:

@@ -125,6 +125,7 @@ class Qemu:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 pass_fds=(its.fileno(), *pass_fds),
+                start_new_session=True,
             )
         guest = QemuGuest(process, self.folder, ours)
         try:
