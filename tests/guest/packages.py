@@ -165,10 +165,11 @@ def machine_sources(release: str, folder: Path = Path("/etc/apt")) -> Iterator[t
     """
     found = False
     for path in [folder / "sources.list", *sorted((folder / "sources.list.d").glob("*"))]:
-        if path.suffix in (".list", ".sources") and path.exists():
-            if text := backports_sources(path.read_text(), release):
-                found = True
-                yield path.name, text
+        if path.suffix not in (".list", ".sources") or not path.exists():
+            continue
+        if text := backports_sources(path.read_text(), release):
+            found = True
+            yield path.name, text
     if not found:
         raise PackagesMissingError(f"no source of apt has the suite {release}")
 
@@ -235,7 +236,7 @@ class Apt:
 
 
 def installed_without_qemu(status: str) -> str:
-    """dpkg's list of what is installed, without what we unpack ourselves, which would not be fetched otherwise."""
+    """What dpkg says is installed, without what we unpack ourselves, which would not be fetched otherwise."""
     unwanted = re.compile(r"Package: (qemu-|seabios$|ipxe-qemu|busybox|user-mode-linux|linux-image-)", re.MULTILINE)
     return "\n\n".join(stanza for stanza in status.split("\n\n") if not unwanted.match(stanza))
 

@@ -177,8 +177,7 @@ class Qemu:
         return VHOST_USER_DEVICE, arguments
 
     def _ask(self, *arguments: str) -> str:
-        program = self.packages.one("usr/bin/qemu-system-x86_64")
-        command = [program, "-machine", "none", *arguments]
+        command = [str(self.packages.one("usr/bin/qemu-system-x86_64")), "-machine", "none", *arguments]
         told = subprocess.run(command, env=self.packages.environment, capture_output=True, text=True, check=False)
         return told.stdout + told.stderr
 
@@ -189,7 +188,7 @@ def compile_plugin(target: Path) -> None:
     Raises:
         PackagesMissingError: There is no compiler.
     """
-    command = [os.environ.get("CC", "gcc"), "-O1", "-shared", "-fPIC", "-o", target, PLUGIN_SOURCE]
+    command = [os.environ.get("CC", "gcc"), "-O1", "-shared", "-fPIC", "-o", str(target), str(PLUGIN_SOURCE)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
