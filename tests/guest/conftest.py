@@ -1,0 +1,41 @@
+"""What the tests with real guests share; without the packages they are skipped, and say why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.guest.packages import Packages, PackagesMissingError, packages
+from tests.guest.qemu import Qemu
+from tests.guest.uml import UserModeLinux
+
+
+@pytest.fixture(scope="session")
+def guest_packages() -> Packages:
+    """The unpacked packages."""
+    try:
+        return packages()
+    except PackagesMissingError as error:
+        pytest.skip(f"needs the guests' packages: {error}")
+
+
+@pytest.fixture
+def qemu(guest_packages: Packages, tmp_path: Path) -> Qemu:
+    """A QEMU whose files go to this test's folder."""
+    return Qemu(guest_packages, tmp_path)
+
+
+@pytest.fixture
+def user_mode_linux(guest_packages: Packages, tmp_path: Path) -> UserModeLinux:
+    """A user-mode Linux whose files go to this test's folder."""
+    return UserModeLinux(guest_packages, tmp_path)
+
+
+@pytest.fixture
+def vhost_user_device(qemu: Qemu) -> tuple[str, list[str]]:
+    """The name of QEMU's device that speaks vhost-user, and the arguments that make it creatable."""
+    try:
+        return qemu.vhost_user()
+    except PackagesMissingError as error:
+        pytest.skip(f"needs a QEMU with a vhost-user device: {error}")
