@@ -1,0 +1,108 @@
+"""Our devices for a guest, served in this process, as the tests look at them from the host's side."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from sparsemem import Region
+from sparsemem.virtio.balloon import VirtioBalloon
+from sparsemem.virtio.guest_memory import GuestMemory
+from sparsemem.virtio.mem import MemListener, VirtioMem
+from sparsemem.virtio.vhost_user import Backend, Server
+from sparsemem.virtio.wire import MemRequest, MemResponse
+from tests.guest.devices import Devices, Request
+from tests.guest.qemu import RANGE_ADDRESS
+
+BALLOON_QUEUES = 5
+
+
+class Recorder(MemListener):
+    """Keeps what the driver of virtio-mem asked for, and what it was answered."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def on_answer(self, request: MemRequest, response: MemResponse) -> None:
+        facts = (int(request.operation), request.address, request.count, int(response.answer))
+        self.requests.append(Request(*facts, time.time()))
+
+
+class OurDevices(Devices):
+    """A virtio-mem device over a region, and a balloon over all of the guest's memory, each at a socket.
+
+    Attributes:
+        region: What virtio-mem plugs and unplugs; it stays the caller's.
+        mem: The device.
+        balloon_device: The other one.
+    """
+
+    def __init__(self, region: Region, folder: Path, *, prealloc: bool = True) -> None:
+        """Starts to serve, at sockets in the folder."""
+        self.region = region
+        self.mem = VirtioMem(region, address=RANGE_ADDRESS, prealloc=prealloc)
+        self.recorder = Recorder()
+        self.mem.add_listener(self.recorder)
+        self.memory = GuestMemory(regions=[region])
+        self.balloon_device = VirtioBalloon(self.memory)
+        self._servers = [
+            Server(Backend("mem", self.mem, GuestMemory(regions=[region])), str(folder / "mem.socket")),
+            Server(Backend("balloon", self.balloon_device, self.memory), str(folder / "balloon.socket")),
+        ]
+        self._folder = folder
+
+    def arguments(self, device: str) -> list[str]:
+        """QEMU's arguments; `device` is the name of its device that speaks vhost-user."""
+        return [
+            *hold_range(f"/proc/{os.getpid()}/fd/{self.region.fileno()}", self.region.size),
+            *vhost_user(device, "mem", self._folder / "mem.socket", virtio_id=24, queues=1, config=56),
+            *vhost_user(device, "balloon", self._folder / "balloon.socket", virtio_id=5, queues=5, config=16),
+        ]
+
+    def close(self) -> None:
+        """Stops serving."""
+        for server in self._servers:
+            server.close()
+
+    def __enter__(self) -> OurDevices:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def request(self, size: int) -> None:
+        self.mem.requested_size = size
+
+    def plugged(self) -> int:
+        return self.mem.plugged_size
+
+    def inflate(self, size: int) -> None:
+        self.balloon_device.requested_size = size
+
+    def ballooned(self) -> int:
+        return self.balloon_device.actual_size
+
+    def requests(self) -> list[Request]:
+        return self.recorder.requests
+
+
+def hold_range(path: str, size: int) -> list[str]:
+    """Arguments that put a file of ours at virtio-mem's addresses.
+
+    What holds the range is a device that the guest has no driver for: so nothing but virtio-mem
+    makes use of it, and the file reaches the backends among the guest's memory.
+    """
+    return [
+        *("-object", f"memory-backend-file,id=vm,size={size},share=on,reserve=off,mem-path={path}"),
+        *("-device", f"virtio-pmem-pci,memdev=vm,memaddr={RANGE_ADDRESS:#x}"),
+    ]
+
+
+def vhost_user(device: str, name: str, socket: Path, *, virtio_id: int, queues: int, config: int) -> list[str]:
+    """Arguments that give the guest the device behind a socket."""
+    numbers = f"virtio-id={virtio_id},num_vqs={queues},vq_size=128,config_size={config}"
+    return [
+        *("-chardev", f"socket,id={name},path={socket}"),
+        *("-device", f"{device},chardev={name},{numbers}"),
+    ]
