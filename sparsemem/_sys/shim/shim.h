@@ -234,6 +234,13 @@ int sm_quick_plug(sm_quick *quick, int64_t first, int64_t count);
 int sm_quick_unplug(sm_quick *quick, int64_t first, int64_t count);
 void sm_blocks_watch(sm_blocks *blocks, int watched);
 
+/* ---- memory that is shared with others: -EFAULT where there is no page to be had ---- */
+
+int sm_shared_read(void *to, uint64_t address, size_t length);
+int sm_shared_write(uint64_t address, const void *from, size_t length);
+int sm_shared_load16(uint64_t address);
+int sm_shared_store16(uint64_t address, uint16_t value);
+
 /* ---- single system calls --------------------------------------------------- */
 
 int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable, int locked,
