@@ -45,7 +45,6 @@ class Runs:
         """Units in all runs together."""
         return int(lib.sm_runs_total(self.array, self.n))
 
-
     def are_multiples(self, unit: int) -> bool:
         """Whether all of them begin and end at multiples of a power of two."""
         return bool(lib.sm_runs_aligned(self.array, self.n, unit))

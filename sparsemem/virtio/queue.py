@@ -207,7 +207,9 @@ class Queue:
         available = self._memory.load16(self._rings.available + 2)
         waiting = (available - self._next) % _LAP
         if waiting > self._rings.size:
-            raise GuestError(f"an available index of {available}, with {self._next} taken and {self._rings.size} entries")
+            raise GuestError(
+                f"an available index of {available}, with {self._next} taken and {self._rings.size} entries"
+            )
         return waiting
 
     def _wants_interrupt(self) -> bool:

@@ -2,10 +2,10 @@
  * Memory that somebody else has mapped, too: who may change it while we read it,
  * cut the file off under us, or be out of memory when we touch it.
  *
- * All accesses run without the GIL, so that a page that does not come holds up
- * nobody but who asked for it; and a page that cannot be had is -EFAULT instead of
- * SIGBUS.  The kernel's own copies (process_vm_readv) would give that, too, but may
- * copy byte by byte, where the index of a ring must be one access.
+ * Blocks of bytes are copied by the kernel (sm_read_memory), which turns a page that
+ * cannot be had into -EFAULT.  But it may copy byte by byte, where the index of a ring
+ * must be one access; that is what is here, with the same result instead of SIGBUS.
+ * It runs without the GIL, too: a page that does not come holds up only who asked for it.
  *
  * The handler of SIGBUS is the process's.  Outside of a guarded access it puts back
  * what was there before and returns: the fault comes again and goes where it would
@@ -62,24 +62,6 @@ static int leave(void)
     __asm__ volatile("" ::: "memory");
     guarded = 0;
     return 0;
-}
-
-int sm_shared_read(void *to, uint64_t address, size_t length)
-{
-    if (!GUARDED())
-        return -EFAULT;
-    __asm__ volatile("" ::: "memory");
-    memcpy(to, (const void *)(uintptr_t)address, length);
-    return leave();
-}
-
-int sm_shared_write(uint64_t address, const void *from, size_t length)
-{
-    if (!GUARDED())
-        return -EFAULT;
-    __asm__ volatile("" ::: "memory");
-    memcpy((void *)(uintptr_t)address, from, length);
-    return leave();
 }
 
 /* Acquire: what the other side wrote before it moved the index is there for later reads. */

@@ -242,10 +242,8 @@ int sm_quick_plug(sm_quick *quick, int64_t first, int64_t count);
 int sm_quick_unplug(sm_quick *quick, int64_t first, int64_t count);
 void sm_blocks_watch(sm_blocks *blocks, int watched);
 
-/* ---- memory that is shared with others: -EFAULT where there is no page to be had ---- */
+/* ---- a 16-bit number that others use, too: -EFAULT where there is no page for it ----- */
 
-int sm_shared_read(void *to, uint64_t address, size_t length);
-int sm_shared_write(uint64_t address, const void *from, size_t length);
 int sm_shared_load16(uint64_t address);
 int sm_shared_store16(uint64_t address, uint16_t value);
 

@@ -103,6 +103,7 @@ class Backend:
     _used_before: bool = field(init=False, default=False)
     _failures: int = field(init=False, default=0)
     _last_failure: str = field(init=False, default="")
+    _unsaved: bool = field(init=False, default=False)
     _late: deque[tuple[int, bytes]] = field(init=False, factory=deque)
 
     def __attrs_post_init__(self) -> None:
@@ -120,7 +121,7 @@ class Backend:
     # ---- from any thread ------------------------------------------------------------------
 
     def _config_changed(self) -> None:
-        self.config_pending = True
+        self.config_pending = self._unsaved = True
         self.wake()
 
     def _answer_late(self, queue: int, answer: bytes) -> None:
@@ -163,7 +164,7 @@ class Backend:
         """The frontend has gone; the device's own state stays."""
         for vring in self.vrings:
             vring.close()
-        self.memory.clear()
+        self.memory.replace(())
         self.features = self.status = 0
         self.recover()
         self.connected = False
@@ -253,8 +254,11 @@ class Backend:
             signal(vring.call)
         return True
 
-    def finish_late(self) -> None:
-        """Gives back the requests whose answers have come meanwhile."""
+    def catch_up(self) -> None:
+        """Does what other threads have left to do: a state to write, requests whose answers have come meanwhile."""
+        if self._unsaved:
+            self._unsaved = False
+            self._unsaved = not self.save()
         while self._late:
             index, answer = self._late.popleft()
             vring = self.vrings[index]
@@ -267,6 +271,12 @@ class Backend:
                 self._finish(vring, queue, chain, Answer(index, chain.index, request, answer.hex()), answer)
             except GuestError as error:
                 self.fail(f"queue {index}: {error}", vring)
+
+    def close(self) -> None:
+        """The end: the device is let go of, and the guest's memory."""
+        self.disconnect()
+        self.device.config_changed = self.device.answer_late = _ignore
+        self.memory.close()
 
     def save(self) -> bool:
         """Writes the state file, if there is one; False if that failed, and then nothing may be answered."""
@@ -282,3 +292,7 @@ class Backend:
             return False
         self.trouble = ""
         return True
+
+
+def _ignore(*_: object) -> None:
+    """For a device without a transport."""
