@@ -35,7 +35,7 @@ from sparsemem.errors import (
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Announcement, Listener
 from sparsemem.quick import Quick, QuickFailedError
-from sparsemem.runs import EMPTY, Runs, clip, join, single, subtract, to_blocks
+from sparsemem.runs import EMPTY, Runs, clip, join, subtract, to_blocks
 from sparsemem.statistics import Tally
 from sparsemem.units import exact_size
 from sparsemem.warm import Warm

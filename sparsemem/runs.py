@@ -45,6 +45,12 @@ class Runs:
         """Units in all runs together."""
         return int(lib.sm_runs_total(self.array, self.n))
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Where the first run begins and the last one ends; there must be one."""
+        last = self.array[self.n - 1]
+        return int(self.array[0].first), int(last.first + last.count)
+
     def are_multiples(self, unit: int) -> bool:
         """Whether all of them begin and end at multiples of a power of two."""
         return bool(lib.sm_runs_aligned(self.array, self.n, unit))

@@ -18,6 +18,7 @@ single 16-bit accesses in the shim, for Python promises neither.
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from typing import Protocol
 
 from attrs import define, field, frozen
@@ -92,7 +93,7 @@ class Rings:
                 raise GuestError(f"the {what} at {address:#x} is not aligned to {align} bytes")
             memory.check(address, length)
         ordered = sorted((address, address + length, what) for what, address, length, _ in parts)
-        for (_, end, what), (start, _, other) in zip(ordered, ordered[1:], strict=False):
+        for (_, end, what), (start, _, other) in pairwise(ordered):
             if start < end:
                 raise GuestError(f"the {what} and the {other} overlap at {start:#x}")
 

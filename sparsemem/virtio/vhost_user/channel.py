@@ -28,7 +28,7 @@ PATIENCE_S = 5.0
 _ANCILLARY = socket.CMSG_SPACE(messages.MAX_DESCRIPTORS * array.array("i").itemsize)
 
 
-class Disconnected(Exception):  # noqa: N818 - it is no error
+class Disconnected(Exception):
     """The frontend has gone."""
 
 
