@@ -192,6 +192,9 @@ class Backend:
         if self._used_before and not self.running:
             self._used_before = False
             self.device.reset()
+            if self.features:
+                # The reset is of the time before; what the new driver has accepted already stands.
+                self.device.negotiate(self.features & self.device.features)
 
     def fail(self, reason: str, vring: Vring | None = None) -> None:
         """The device needs a reset: nothing is served until the rings are stopped, or the status is 0."""

@@ -10,12 +10,9 @@ protocol wants: GET_VRING_BASE is answered when no request is in flight.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import select
-import socket
-import stat
 import threading
 import time
 
@@ -25,6 +22,7 @@ from sparsemem._sys import calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem.virtio.vhost_user.backend import Backend
 from sparsemem.virtio.vhost_user.channel import Channel, Disconnected
+from sparsemem.virtio.vhost_user.listener import Listener
 from sparsemem.virtio.vhost_user.messages import ProtocolError
 from sparsemem.virtio.vhost_user.session import Session
 
@@ -35,65 +33,6 @@ _RETRY_S = 1.0
 
 _MESSAGES = 64
 """Messages in a row, before the rings have their turn."""
-
-
-@define(eq=False)
-class Listener:
-    """A listening Unix socket that only its user may connect to.
-
-    A file that nobody listens at any more, left by a crash, is replaced; one at which
-    somebody does is not.
-
-    Args:
-        path: Where; at most 107 bytes.
-
-    Raises:
-        OSError: There is something else, or somebody listens there.
-    """
-
-    path: str
-    socket: socket.socket = field(init=False)
-    _identity: tuple[int, int] = field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.path = os.path.abspath(self.path)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.socket.setblocking(False)
-            # The file gets the mode that the socket has (unix_bind() in the kernel does that; the test
-            # looks): so there is no moment at which others may connect, and no umask that other threads see.
-            os.fchmod(self.socket.fileno(), 0o600)
-            self._bind()
-            about = os.lstat(self.path)
-            self._identity = about.st_dev, about.st_ino
-            self.socket.listen(1)
-        except BaseException:
-            self.socket.close()
-            raise
-
-    def _bind(self) -> None:
-        try:
-            self.socket.bind(self.path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not self._is_stale():
-                raise OSError(error.errno, f"{self.path}: {error.strerror or error}") from None
-            os.unlink(self.path)
-            self.socket.bind(self.path)
-
-    def _is_stale(self) -> bool:
-        if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            return probe.connect_ex(self.path) == errno.ECONNREFUSED
-
-    def close(self) -> None:
-        """Stops listening and removes the file, if it is still the one that was made."""
-        self.socket.close()
-        with contextlib.suppress(OSError):
-            about = os.lstat(self.path)
-            if (about.st_dev, about.st_ino) == self._identity:
-                os.unlink(self.path)
 
 
 @define(eq=False)
@@ -133,9 +72,9 @@ class Server:
     def close(self, timeout: float = 10.0) -> bool:
         """Ends it: the socket's file is gone, the connection too; whether the thread came to its end in that time."""
         self._stopping = True
-        self._listener.close()
         self._awake()
         self._thread.join(timeout)
+        self._listener.close()
         if self._thread.is_alive():
             return False
         self._wake.close()
@@ -188,21 +127,20 @@ class Server:
             for _ in range(_MESSAGES):
                 if not session.receive():
                     break
-        if self._listener.socket.fileno() in ready:
+        if self._listener.fileno() in ready:
             self._accept()
 
     def _wait(self, timeout: float | None) -> set[int]:
         """The descriptors that are ready; few enough that a new list each time costs nothing."""
         poll, session = select.poll(), self._session
-        fds = [self._wake.fd, self._listener.socket.fileno()]
+        fds = [self._wake.fd, self._listener.fileno()]
         if session is not None:
             fds.append(session.channel.fileno())
             fds += [vring.kick.fd for vring in self.backend.vrings if vring.kick is not None]
             if session.notices is not None:
                 poll.register(session.notices, select.POLLOUT)
         for fd in fds:
-            if fd >= 0:
-                poll.register(fd, select.POLLIN)
+            poll.register(fd, select.POLLIN)
         return {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
 
     def _timeout(self) -> float | None:
@@ -212,10 +150,9 @@ class Server:
         return None if deadline is None else max(0.0, deadline - time.monotonic()) + 0.01
 
     def _accept(self) -> None:
-        try:
-            connected, _ = self._listener.socket.accept()
-        except OSError:
-            return  # it went away again, or we are closing
+        connected = self._listener.accept()
+        if connected is None:
+            return
         if self._session is not None:
             _log.warning("%s: a second frontend is turned away", self.backend.name)
             connected.close()
