@@ -57,7 +57,7 @@ from sparsemem.operations import (
     resize,
     unplug_at_once,
 )
-from sparsemem.runs import Runs, RunsInput, collect, index_of, single, subtract
+from sparsemem.runs import Runs, RunsInput, clip, collect, index_of, single, subtract
 from sparsemem.statistics import Stats, Tally
 from sparsemem.units import Size, exact_size, parse_size
 from sparsemem.views import make_view
@@ -265,6 +265,11 @@ class Region:
     def fresh(self) -> str:
         """What a freshly plugged block reads: "zero", or "file" for a template."""
         return self._mapping.fresh
+
+    @property
+    def can_unplug(self) -> bool:
+        """Whether the backend can give memory back (memfd_secret cannot)."""
+        return self._mapping.can_discard
 
     @property
     def name(self) -> str:
@@ -731,21 +736,27 @@ class Region:
         """
         self._advise("pageout", first, count)
 
-    def scrub(self) -> int:
+    def scrub(self, first: int = 0, count: int | None = None) -> int:
         """Tries again to discard tainted blocks.
 
         Those that were to be unplugged are unplugged then.
+
+        Args:
+            first: The first block that it may be.
+            count: How many from there on; None is all.
 
         Returns:
             The number of blocks that are mended; what fails again stays tainted.
 
         Raises:
+            BlockRangeError: There are no such blocks.
             UnsupportedError: The backend cannot give memory back.
         """
         require_discard(self._mapping)
         self._core.blocks.check_open()
+        within = single(first, self.nblocks - first if count is None else count, self.nblocks)
         mended = 0
-        for first, count in list(self.tainted_runs()):
+        for first, count in clip(self.tainted_runs(), within):
             claim = Claim(self._core.blocks, single(first, count, self.nblocks))
             try:
                 execute(Unplug(self._core, claim, want=Want.TAINTED_ONLY))

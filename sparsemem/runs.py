@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any, SupportsIndex, Union
 
 from sparsemem._sys import ffi, lib
-from sparsemem.bitmap import pairs
+from sparsemem.bitmap import Bitmap, pairs
 from sparsemem.errors import BlockRangeError, Run
 
 RunsInput = Union["Runs", Iterable["tuple[SupportsIndex, SupportsIndex]"], memoryview, Any]
@@ -44,6 +44,19 @@ class Runs:
     def total(self) -> int:
         """Units in all runs together."""
         return int(lib.sm_runs_total(self.array, self.n))
+
+    def scaled(self, shift: int) -> Runs:
+        """The same in units `1 << shift` times as small."""
+        return self.within(0, 1 << (63 - shift), shift=shift)
+
+    def fill(self, bitmap: Bitmap, value: bool) -> None:
+        """Sets or clears the bits of the runs, which must be within the bitmap."""
+        lib.sm_bits_fill_runs(bitmap.words, self.array, self.n, value)
+
+    def whole(self, bitmap: Bitmap, shift: int) -> Runs:
+        """Of the units of `1 << shift` bits that the runs touch, those whose bits are all set."""
+        out = ffi.new("sm_run[]", self.n)
+        return Runs(out, int(lib.sm_bits_whole(bitmap.words, self.array, self.n, shift, out)))
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ truncated is an error here and not a SIGBUS.
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -137,7 +138,7 @@ class Table:
         return pieces
 
     def frames(self, frames: Runs) -> list[tuple[MemoryRange, Runs]]:
-        """What backs runs of page frames: entries, and byte runs in their regions.
+        """What backs runs of page frames: entries, and runs of frames from the start of their regions.
 
         Raises:
             GuestError: A frame is not in the table.
@@ -149,13 +150,12 @@ class Table:
         for entry in self.ranges:
             first, count = entry.address >> FRAME_SHIFT, entry.size >> FRAME_SHIFT
             if first < high and low < first + count:
-                runs = frames.within(first, count, base=entry.offset, shift=FRAME_SHIFT)
+                runs = frames.within(first, count, base=entry.offset >> FRAME_SHIFT)
                 if runs.n:
                     covered += runs.total
                     found.append((entry, runs))
-        missing = frames.total - (covered >> FRAME_SHIFT)
-        if missing:
-            raise GuestError(f"{missing} page frames are not in guest memory")
+        if covered != frames.total:
+            raise GuestError(f"{frames.total - covered} page frames are not in guest memory")
         return found
 
 
@@ -473,6 +473,8 @@ def _view(entry: MemoryRange, offset: int, length: int) -> memoryview:
     try:
         return entry.region.view(first, count)[start : start + length]
     except BlockStateError as error:
+        if entry.region.is_plugged(first, count):  # tainted: no fault of the guest's
+            raise GuestMemoryError(errno.EIO, str(error)) from error
         raise _unplugged(entry, offset, length) from error
 
 
