@@ -144,9 +144,9 @@ class BlockMap:
 
     # ---- discarded pages -----------------------------------------------------------------
 
-    def mark_pages(self, first: int, count: int, discarded: bool) -> None:
-        """Remembers pages that were discarded inside plugged blocks."""
-        if lib.sm_blocks_mark_pages(self.c, first, count, discarded) == lib.SM_NOMEM:
+    def mark_pages(self, runs: Runs, discarded: bool) -> None:
+        """Remembers pages that were discarded inside plugged blocks; byte runs, none to make room for them."""
+        if lib.sm_blocks_mark_pages(self.c, runs.array, runs.n, discarded) == lib.SM_NOMEM:
             raise MemoryError("no address space for the map of discarded pages")
 
     def discarded_pages(self, start: int, stop: int) -> Iterator[Run]:

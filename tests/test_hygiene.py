@@ -144,7 +144,12 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.mark.parametrize("module", ["sparsemem", "sparsemem.cli.main"])
+def test_importing_the_package_loads_no_devices() -> None:
+    done = _python("import sys, sparsemem; print(*sys.modules)")
+    assert not [name for name in done.stdout.split() if name.startswith("sparsemem.virtio")]
+
+
+@pytest.mark.parametrize("module", ["sparsemem", "sparsemem.cli.main", "sparsemem.virtio"])
 def test_importing_is_light(module: str) -> None:
     done = _python(f"import sys, {module}; print(*sys.modules)")
     assert done.returncode == 0, done.stderr
@@ -169,6 +174,7 @@ LAYERS = [
     {"cli"},
     {"bench"},
     {"demonstration"},
+    {"virtio"},
     {"survey"},
     {"region"},
     {"advice"},
@@ -181,11 +187,19 @@ LAYERS = [
     {"errors", "units"},
     {"_sys"},
 ]
+VIRTIO_LAYERS = [
+    {"vhost_user"},
+    {"queue"},
+    {"mem", "balloon"},
+    {"guest_memory"},
+    {"wire"},
+    {"device"},
+]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "_build.py")
 
 
-def _layer(module: str) -> int | None:
-    return next((i for i, names in enumerate(LAYERS) if module in names), None)
+def _layer(module: str, layers: list[set[str]] = LAYERS) -> int | None:
+    return next((i for i, names in enumerate(layers) if module in names), None)
 
 
 def _imports(path: Path) -> set[str]:
@@ -214,6 +228,16 @@ def test_imports_go_downward_only(path: Path) -> None:
             if path.name == "fork.py" and parts[1] == "operations":
                 continue  # for the type checker only
             assert layer >= _layer(own), f"{path.name} imports {name} from above"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "virtio").glob("[a-z]*.py")), ids=lambda path: path.name)
+def test_the_layers_of_virtio_do_not_reach_up(path: Path) -> None:
+    own = _layer(path.stem, VIRTIO_LAYERS)
+    assert own is not None, f"{path.stem} has no layer: add it to VIRTIO_LAYERS"
+    for name in _imports(path):
+        if name.startswith("sparsemem.virtio."):
+            layer = _layer(name.split(".")[2], VIRTIO_LAYERS)
+            assert layer is not None and layer > own, f"{path.name} imports {name} from above or beside"
 
 
 SYSTEM = {"ctypes", "fcntl", "mmap", "resource", "signal", "socket", "subprocess", "select"}

@@ -302,9 +302,11 @@ static void fill(uint64_t *map, uint64_t *counter, const sm_run *runs, size_t n,
 
 /* ---- discarded pages ------------------------------------------------------------ */
 
-/* Pages that were discarded inside plugged blocks, for the audit. */
-int sm_blocks_mark_pages(sm_blocks *b, uint64_t first, uint64_t count, int discarded)
+/* Pages that were discarded inside plugged blocks, for the audit; byte runs of whole pages.
+ * With no runs it only sees to it that there is a map. */
+int sm_blocks_mark_pages(sm_blocks *b, const sm_run *bytes, size_t nruns, int discarded)
 {
+    uint64_t page = b->block_size / b->pages_per_block;
     int code = SM_OK;
 
     lock(b);
@@ -312,8 +314,8 @@ int sm_blocks_mark_pages(sm_blocks *b, uint64_t first, uint64_t count, int disca
         b->discarded = sm_bits_new(b->nblocks * b->pages_per_block);
         code = b->discarded ? SM_OK : SM_NOMEM;
     }
-    if (b->discarded)
-        sm_bits_fill(b->discarded, first, count, discarded);
+    for (size_t i = 0; b->discarded && i < nruns; i++)
+        sm_bits_fill(b->discarded, bytes[i].first / page, bytes[i].count / page, discarded);
     unlock(b);
     return code;
 }
@@ -488,7 +490,8 @@ static int check_state(const sm_blocks *b, const sm_run *run, int want, int stri
 {
     uint64_t end = run->first + run->count;
 
-    if (want == SM_TO_PLUGGED || want == SM_WITHIN_PLUGGED) {
+    /* Who works within whatever is plugged, not strictly, leaves tainted blocks out, too. */
+    if (want == SM_TO_PLUGGED || (want == SM_WITHIN_PLUGGED && strict)) {
         *where = sm_bits_next(b->tainted, run->first, end, 1);
         if (*where != end)
             return SM_TAINTED;

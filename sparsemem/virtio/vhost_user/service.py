@@ -1,0 +1,157 @@
+"""Devices of one guest, served together, with a control socket: what `sparsemem vhost-user` runs."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from attrs import asdict, define, field, frozen
+
+from sparsemem.errors import DeadlineError, UnsupportedError
+from sparsemem.units import Size
+from sparsemem.virtio.balloon import VirtioBalloon
+from sparsemem.virtio.device import Device
+from sparsemem.virtio.guest_memory import GuestMemory
+from sparsemem.virtio.mem import VirtioMem
+from sparsemem.virtio.vhost_user.backend import Backend
+from sparsemem.virtio.vhost_user.control import ControlError, ControlServer
+from sparsemem.virtio.vhost_user.server import Server
+from sparsemem.virtio.vhost_user.state import Journal
+
+_STATS_PATIENCE_S = 0.2
+
+
+@frozen
+class Export:
+    """A device and where it is served.
+
+    Attributes:
+        device: What is served.
+        socket: Where its frontend connects.
+        memory: The guest's memory, for this device; the frontend fills it in.
+        state: Its state file, or None.
+    """
+
+    device: Device
+    socket: str
+    memory: GuestMemory
+    state: str | None = None
+
+
+@define(eq=False)
+class Service:
+    """Serves the devices of a guest until it is closed.  Thread-safe.
+
+    At most one virtio-mem device and one balloon: guests have one of each.
+
+    Args:
+        exports: The devices.
+        control: Where to listen for commands, or None.
+
+    Raises:
+        OSError: It cannot listen at one of the sockets; nothing is served then.
+        StateError: A state file is not what it should be.
+        ValueError: A state does not fit its device.
+    """
+
+    exports: tuple[Export, ...]
+    control: str | None = None
+    _stack: contextlib.ExitStack = field(init=False, factory=contextlib.ExitStack)
+    _servers: dict[str, Server] = field(init=False, factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for export in self.exports:
+                name = _name(export.device)
+                if name in self._servers:
+                    raise ValueError(f"two {name} devices for one guest")
+                journal = None if export.state is None else Journal(export.state, export.device.device_id)
+                server = Server(Backend(name, export.device, export.memory, journal), export.socket)
+                stack.callback(server.close)
+                self._servers[name] = server
+            if self.control is not None:
+                stack.callback(ControlServer(self.control, self.commands).close)
+            self._stack = stack.pop_all()
+
+    @property
+    def commands(self) -> dict[str, Any]:
+        """What the control socket understands."""
+        return {"resize": self.resize, "inflate": self.inflate, "stats": self.stats, "map": self.map}
+
+    def _device(self, kind: type[Any], name: str) -> Any:
+        for export in self.exports:
+            if isinstance(export.device, kind):
+                return export.device
+        raise ControlError(f"there is no {name} here")
+
+    def resize(self, size: Size) -> dict[str, int]:
+        """Asks the guest to plug so much; what it has plugged now."""
+        device: VirtioMem = self._device(VirtioMem, "virtio-mem device")
+        device.requested_size = size  # type: ignore[assignment]  # a setter may take more than the getter gives
+        return {"requested_size": device.requested_size, "plugged_size": device.plugged_size}
+
+    def inflate(self, size: Size) -> dict[str, int]:
+        """Asks the guest for a balloon of so many bytes; what it has now."""
+        device: VirtioBalloon = self._device(VirtioBalloon, "balloon")
+        device.target = size  # type: ignore[assignment]  # likewise
+        return {"target_size": device.target, "actual_size": device.actual}
+
+    def stats(self) -> dict[str, Any]:
+        """The figures of all devices and of their connections, in bytes."""
+        return {name: self._figures(server) for name, server in self._servers.items()}
+
+    def map(self) -> dict[str, Any]:
+        """Which blocks of the virtio-mem device are plugged: maximal `[first, count]` runs."""
+        device: VirtioMem = self._device(VirtioMem, "virtio-mem device")
+        return {
+            "block_size": device.block_size,
+            "blocks": device.region.nblocks,
+            "address": device.address,
+            "plugged": [list(run) for run in device.region.plugged_runs()],
+        }
+
+    @staticmethod
+    def _figures(server: Server) -> dict[str, Any]:
+        device = server.backend.device
+        figures: dict[str, Any] = {"socket": server.path, "connection": asdict(server.backend.stats())}
+        if isinstance(device, VirtioMem):
+            figures |= {
+                "address": device.address,
+                "block_size": device.block_size,
+                "region_size": device.region.size,
+                "usable_size": device.usable_size,
+                "requested_size": device.requested_size,
+                "plugged_size": device.plugged_size,
+                "answers": {f"{what.name} {how.name}": count for (what, how), count in device.answers.items()},
+            }
+        if isinstance(device, VirtioBalloon):
+            figures |= {
+                "target_size": device.target,
+                "actual_size": device.actual,
+                "discarded_size": device.discarded_size,
+                "failures": device.failures,
+                "guest": _guest_stats(device),
+            }
+        return figures
+
+    def close(self) -> None:
+        """Ends all connections; the sockets' files are gone.  May be called twice."""
+        self._stack.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _guest_stats(balloon: VirtioBalloon) -> dict[str, int]:
+    """What the guest says of itself, as new as it gives it within a moment; {} if it never did."""
+    with contextlib.suppress(UnsupportedError, DeadlineError):
+        balloon.request_stats(_STATS_PATIENCE_S)
+    stats = balloon.stats
+    return {} if stats is None else {name: value for name, value in asdict(stats).items() if value is not None}
+
+
+def _name(device: Device) -> str:
+    return {VirtioMem.device_id: "mem", VirtioBalloon.device_id: "balloon"}.get(device.device_id, "device")
