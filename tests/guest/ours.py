@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from sparsemem import Region
 from sparsemem.virtio.balloon import VirtioBalloon
+from sparsemem.virtio.device import Device
 from sparsemem.virtio.guest_memory import GuestMemory
 from sparsemem.virtio.mem import MemListener, VirtioMem
 from sparsemem.virtio.vhost_user import Backend, Server
 from sparsemem.virtio.wire import MemRequest, MemResponse
 from tests.guest.devices import Devices, Request
 from tests.guest.qemu import RANGE_ADDRESS
-
-BALLOON_QUEUES = 5
 
 
 class Recorder(MemListener):
@@ -38,26 +38,34 @@ class OurDevices(Devices):
         balloon_device: The other one.
     """
 
-    def __init__(self, region: Region, folder: Path, *, prealloc: bool = True) -> None:
-        """Starts to serve, at sockets in the folder."""
+    def __init__(self, region: Region, folder: Path, *, prealloc: bool = True, **balloon: Any) -> None:
+        """Starts to serve, at sockets in the folder; `balloon` are options of the balloon."""
         self.region = region
         self.mem = VirtioMem(region, address=RANGE_ADDRESS, prealloc=prealloc)
         self.recorder = Recorder()
         self.mem.add_listener(self.recorder)
         self.memory = GuestMemory(regions=[region])
-        self.balloon_device = VirtioBalloon(self.memory)
+        self.balloon_device = VirtioBalloon(self.memory, **balloon)
         self._servers = [
             Server(Backend("mem", self.mem, GuestMemory(regions=[region])), str(folder / "mem.socket")),
             Server(Backend("balloon", self.balloon_device, self.memory), str(folder / "balloon.socket")),
         ]
         self._folder = folder
 
+    def backed(self) -> int:
+        """How much memory of the host is behind virtio-mem's range, in bytes."""
+        return backed(self.region)
+
+    def ram_backed(self) -> int:
+        """Likewise, behind the memory that the guest boots with, which the frontend has sent us."""
+        return sum(backed(entry.region) for entry in self.memory.ranges if entry.region is not self.region)
+
     def arguments(self, device: str) -> list[str]:
         """QEMU's arguments; `device` is the name of its device that speaks vhost-user."""
         return [
             *hold_range(f"/proc/{os.getpid()}/fd/{self.region.fileno()}", self.region.size),
-            *vhost_user(device, "mem", self._folder / "mem.socket", virtio_id=24, queues=1, config=56),
-            *vhost_user(device, "balloon", self._folder / "balloon.socket", virtio_id=5, queues=5, config=16),
+            *vhost_user(device, "mem", self._folder / "mem.socket", self.mem),
+            *vhost_user(device, "balloon", self._folder / "balloon.socket", self.balloon_device),
         ]
 
     def close(self) -> None:
@@ -78,13 +86,18 @@ class OurDevices(Devices):
         return self.mem.plugged_size
 
     def inflate(self, size: int) -> None:
-        self.balloon_device.requested_size = size
+        self.balloon_device.target = size
 
     def ballooned(self) -> int:
-        return self.balloon_device.actual_size
+        return self.balloon_device.actual
 
     def requests(self) -> list[Request]:
         return self.recorder.requests
+
+
+def backed(region: Region) -> int:
+    """The memory that the host keeps for a region's file, in bytes."""
+    return os.fstat(region.fileno()).st_blocks * 512
 
 
 def hold_range(path: str, size: int) -> list[str]:
@@ -99,10 +112,11 @@ def hold_range(path: str, size: int) -> list[str]:
     ]
 
 
-def vhost_user(device: str, name: str, socket: Path, *, virtio_id: int, queues: int, config: int) -> list[str]:
-    """Arguments that give the guest the device behind a socket."""
-    numbers = f"virtio-id={virtio_id},num_vqs={queues},vq_size=128,config_size={config}"
+def vhost_user(device: str, name: str, socket: Path, served: Device, options: str = "") -> list[str]:
+    """Arguments that give the guest the device behind a socket; `options` are more of the connection's."""
+    queues = served.queues(served.features)
+    numbers = f"virtio-id={served.device_id},num_vqs={queues},vq_size=128,config_size={served.config_size}"
     return [
-        *("-chardev", f"socket,id={name},path={socket}"),
+        *("-chardev", f"socket,id={name},path={socket}{options}"),
         *("-device", f"{device},chardev={name},{numbers}"),
     ]
