@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.guest.console import Guest
+from tests.guest.ours import OurDevices
 from tests.guest.packages import Packages, PackagesMissingError, packages
-from tests.guest.qemu import Qemu
+from tests.guest.qemu import Qemu, QemuGuest
 from tests.guest.uml import UserModeLinux
 
 
@@ -39,3 +43,19 @@ def vhost_user_device(qemu: Qemu) -> tuple[str, list[str]]:
         return qemu.vhost_user()
     except PackagesMissingError as error:
         pytest.skip(f"needs a QEMU with a vhost-user device: {error}")
+
+
+Start = Callable[[OurDevices], QemuGuest]
+
+
+@pytest.fixture
+def start(qemu: Qemu, vhost_user_device: tuple[str, list[str]]) -> Iterator[Start]:
+    """Starts a guest that has these devices."""
+    name, creatable = vhost_user_device
+    with ExitStack() as stack:
+        yield lambda devices: stack.enter_context(qemu.start(*creatable, *devices.arguments(name)))
+
+
+def fill(guest: Guest, size: int) -> None:
+    """Has the guest use so much of its free memory, and let go of it: afterwards the host has memory behind it."""
+    guest.run(f"mount -o remount,size=95% /tmp; head -c {size} /dev/zero >/tmp/fill && rm /tmp/fill")

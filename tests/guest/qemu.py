@@ -90,9 +90,11 @@ class QemuGuest(Guest):
             raise StuckError(f"QEMU does not start: {self.log.read_text()}") from None
 
     def close(self) -> None:
-        """Ends the guest at once."""
         super().close()
         self.qmp.close()
+
+    def __enter__(self) -> QemuGuest:
+        return self
 
 
 @frozen

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sparsemem import File, Memfd, Region
+from tests.guest.conftest import Start
 from tests.guest.console import until
 from tests.guest.devices import ACK, BUSY, PLUG, UNPLUG_ALL
 from tests.guest.ours import OurDevices
-from tests.guest.qemu import MIB, Qemu, QemuGuest
+from tests.guest.qemu import MIB, QemuGuest
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
-
-Start = Callable[[OurDevices], QemuGuest]
-
-
-@pytest.fixture
-def start(qemu: Qemu, vhost_user_device: tuple[str, list[str]]) -> Iterator[Start]:
-    """Starts a guest that has these devices."""
-    name, creatable = vhost_user_device
-    with ExitStack() as stack:
-        yield lambda devices: stack.enter_context(qemu.start(*creatable, *devices.arguments(name)))
 
 
 def total(guest: QemuGuest) -> int:
     return guest.meminfo()["MemTotal"]
+
+
+def wait_total(guest: QemuGuest, size: int) -> None:
+    until(lambda: total(guest) == size, f"{size:#x} bytes in the guest")
 
 
 def test_grows_and_shrinks_as_told_seen_from_the_guest_and_from_the_host(start: Start, tmp_path: Path) -> None:
@@ -38,7 +32,7 @@ def test_grows_and_shrinks_as_told_seen_from_the_guest_and_from_the_host(start: 
         without = total(guest)
         for size in (128, 512, 130, 640, 2, 1024, 896, 258, 256, 0):
             devices.resize(size * MIB)
-            until(lambda size=size: total(guest) - without == size * MIB, f"{size} MiB more in the guest")
+            wait_total(guest, without + size * MIB)
             assert region.plugged_size == size * MIB
             # Populated as it was plugged, and nothing is left of what was unplugged.
             assert devices.backed() == size * MIB
@@ -51,10 +45,12 @@ def test_the_guest_uses_what_was_plugged(start: Start, tmp_path: Path) -> None:
     with Region("4G", backend=Memfd()) as region, OurDevices(region, tmp_path) as devices:
         guest = start(devices)
         devices.resize(1024 * MIB)
-        # More than there was without it; and what is read is what was written.
-        guest.run("mount -o remount,size=90% /tmp; head -c 900m /dev/urandom >/tmp/file")
+        # More than there was without it; and what is read is what was written, wherever the driver has moved it to.
+        write = "for i in $(seq 110); do cat /tmp/random; done >/tmp/file"
+        guest.run(f"mount -o remount,size=90% /tmp; head -c 4m /dev/urandom >/tmp/random; {write}")
         before = guest.run("md5sum </tmp/file")
         devices.request(256 * MIB)
+        until(lambda: devices.plugged() < 1024 * MIB, "some of it is unplugged")
         assert guest.run("md5sum </tmp/file") == before
         assert region.plugged_size > 256 * MIB
         guest.run("rm /tmp/file")
@@ -96,33 +92,35 @@ def test_a_host_without_memory_is_busy_and_the_guest_goes_on_and_tries_again(
     start: Start, tmp_path: Path, tmpfs_mount: Callable[..., Path]
 ) -> None:
     folder = tmpfs_mount("200M")
-    with Region("4G", backend=File(folder / "memory"), headroom="off") as region:
-        with OurDevices(region, tmp_path, reporting=False) as devices:
-            guest = start(devices)
-            without = total(guest)
+    with (
+        Region("4G", backend=File(folder / "memory"), headroom="off") as region,
+        OurDevices(region, tmp_path, reporting=False) as devices,
+    ):
+        guest = start(devices)
+        without = total(guest)
 
-            def busy() -> int:
-                return sum(request.answer == BUSY for request in devices.requests())
+        def busy() -> int:
+            return sum(request.answer == BUSY for request in devices.requests())
 
-            devices.request(512 * MIB)
-            until(busy, "BUSY")
-            # What could be had whole is there, in a guest that works; nothing is left of what could not.
-            assert region.plugged_size == devices.backed() == 128 * MIB
-            assert total(guest) - without == 128 * MIB
-            assert region.stats().rollbacks == busy()
+        devices.request(512 * MIB)
+        until(busy, "BUSY")
+        # What could be had whole is there, in a guest that works; nothing is left of what could not.
+        assert region.plugged_size == devices.backed() == 128 * MIB
+        assert total(guest) - without == 128 * MIB
+        assert region.stats().rollbacks == busy()
 
-            # News of the configuration make the driver try at once.
-            devices.request(510 * MIB)
-            until(lambda: busy() == 2, "BUSY once more")
-            assert region.plugged_size == devices.backed() == 128 * MIB
+        # News of the configuration make the driver try at once.
+        devices.request(510 * MIB)
+        until(lambda: busy() == 2, "BUSY once more")
+        assert region.plugged_size == devices.backed() == 128 * MIB
 
-            # Without any, it tries by its own timer.
-            subprocess.run(["mount", "-o", "remount,size=1G", folder], check=True)
-            last = devices.requests()[-1].time
-            until(lambda: devices.plugged() == 510 * MIB, "510 MiB")
-            assert next(request for request in devices.requests() if request.time > last).time - last > 40
-            until(lambda: total(guest) - without == 510 * MIB, "510 MiB more in the guest")
-            assert devices.backed() == 510 * MIB
-            devices.resize(0)
-            assert devices.backed() == 0
-            guest.close()
+        # Without any, it tries by its own timer.
+        subprocess.run(["mount", "-o", "remount,size=1G", folder], check=True)
+        last = devices.requests()[-1].time
+        until(lambda: devices.plugged() == 510 * MIB, "510 MiB")
+        assert next(request for request in devices.requests() if request.time > last).time - last > 40
+        wait_total(guest, without + 510 * MIB)
+        assert devices.backed() == 510 * MIB
+        devices.resize(0)
+        assert devices.backed() == 0
+        guest.close()
