@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import Region
-from sparsemem.virtio.balloon import VirtioBalloon
+from sparsemem.virtio.balloon import BalloonListener, VirtioBalloon
 from sparsemem.virtio.device import Device
 from sparsemem.virtio.guest_memory import GuestMemory
 from sparsemem.virtio.mem import MemListener, VirtioMem
 from sparsemem.virtio.vhost_user import Backend, Server
 from sparsemem.virtio.wire import MemRequest, MemResponse
+from tests.guest.console import until
 from tests.guest.devices import Devices, Request
 from tests.guest.qemu import RANGE_ADDRESS
 
@@ -27,6 +28,24 @@ class Recorder(MemListener):
     def on_answer(self, request: MemRequest, response: MemResponse) -> None:
         facts = (int(request.operation), request.address, request.count, int(response.answer))
         self.requests.append(Request(*facts, time.time()))
+
+
+class Hints(BalloonListener):
+    """Collects free page hints: `(session, guest-physical address, bytes)`, and the sessions that have ended."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, int, int]] = []
+        self.done: list[int] = []
+
+    def on_hint(self, command: int, address: int, length: int) -> None:
+        self.runs.append((command, address, length))
+
+    def on_hints_done(self, command: int) -> None:
+        self.done.append(command)
+
+    def wait_done(self, sessions: int) -> None:
+        """Waits until so many sessions have ended."""
+        until(lambda: len(self.done) >= sessions, "the end of the hints")
 
 
 class OurDevices(Devices):

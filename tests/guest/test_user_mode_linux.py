@@ -12,7 +12,7 @@ from sparsemem.virtio.guest_memory import GuestMemory
 from sparsemem.virtio.vhost_user import Backend, Server
 from tests.guest.conftest import fill
 from tests.guest.console import Guest, until
-from tests.guest.ours import backed
+from tests.guest.ours import Hints, backed
 from tests.guest.uml import BALLOON, UserModeLinux
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
@@ -60,6 +60,22 @@ def test_statistics_are_the_guests_own_figures(guest: Guest, balloon: VirtioBall
     assert stats.total == told["MemTotal"]
     assert stats.free is not None
     assert abs(stats.free - told["MemFree"]) < SLACK
+
+
+def test_free_pages_are_reported_and_hinted(guest: Guest, balloon: VirtioBalloon) -> None:
+    guest.run("head -c 160m /dev/zero >/tmp/file")
+    used = host_memory(balloon)
+    guest.run("rm /tmp/file")
+    until(lambda: used - host_memory(balloon) > 128 * MIB, "the file's memory is given back")
+    hints = Hints()
+    balloon.add_listener(hints)
+    free = guest.meminfo()["MemFree"]
+    session = balloon.start_hinting()
+    hints.wait_done(1)
+    assert hints.done == [session]
+    assert free / 2 < sum(length for _, _, length in hints.runs) <= free + SLACK
+    balloon.finish_hinting()
+    until(lambda: guest.meminfo()["MemFree"] > free - SLACK, "the guest has its pages back")
 
 
 def test_a_guest_that_starts_anew_finds_an_empty_balloon_and_fills_it(

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from sparsemem import Memfd, Region
-from sparsemem.virtio.balloon import BalloonListener
 from tests.guest.conftest import Start, fill
 from tests.guest.console import Guest, until
 from tests.guest.devices import ACK
-from tests.guest.ours import OurDevices
+from tests.guest.ours import Hints, OurDevices
 from tests.guest.qemu import MIB, RAM, RANGE_ADDRESS
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
@@ -69,23 +68,6 @@ def test_free_pages_are_reported_by_the_guest_of_its_own_accord(start: Start, tm
         # None of it is unplugged or in the balloon.
         assert (devices.plugged(), devices.ballooned()) == (256 * MIB, 0)
         guest.close()
-
-
-class Hints(BalloonListener):
-    """Collects them."""
-
-    def __init__(self) -> None:
-        self.runs: list[tuple[int, int, int]] = []
-        self.done: list[int] = []
-
-    def on_hint(self, command: int, address: int, length: int) -> None:
-        self.runs.append((command, address, length))
-
-    def on_hints_done(self, command: int) -> None:
-        self.done.append(command)
-
-    def wait_done(self, sessions: int) -> None:
-        until(lambda: len(self.done) >= sessions, "the end of the hints")
 
 
 def wait_free(guest: Guest, size: int) -> None:
