@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sparsemem.backends import Backend, File, Memfd, from_text
 from sparsemem.cli.live import watching
 from sparsemem.cli.vmm import qemu_lines
-from sparsemem.units import exact_size, parse_size
+from sparsemem.units import parse_size
 
 if TYPE_CHECKING:
     from sparsemem.region import Region

@@ -87,13 +87,13 @@ class Service:
     def resize(self, size: Size) -> dict[str, int]:
         """Asks the guest to plug so much; what it has plugged now."""
         device: VirtioMem = self._device(VirtioMem, "virtio-mem device")
-        device.requested_size = size  # type: ignore[assignment]  # a setter may take more than the getter gives
+        device.requested_size = size
         return {"requested_size": device.requested_size, "plugged_size": device.plugged_size}
 
     def inflate(self, size: Size) -> dict[str, int]:
         """Asks the guest for a balloon of so many bytes; what it has now."""
         device: VirtioBalloon = self._device(VirtioBalloon, "balloon")
-        device.target = size  # type: ignore[assignment]  # likewise
+        device.target = size
         return {"target_size": device.target, "actual_size": device.actual}
 
     def stats(self) -> dict[str, Any]:
