@@ -11,7 +11,7 @@ from sparsemem.errors import DeadlineError, UnsupportedError
 from sparsemem.units import Size
 from sparsemem.virtio.balloon import VirtioBalloon
 from sparsemem.virtio.device import Device
-from sparsemem.virtio.guest_memory import GuestMemory
+from sparsemem.virtio.guest_memory import GuestMemory, RegionRange
 from sparsemem.virtio.mem import VirtioMem
 from sparsemem.virtio.vhost_user.backend import Backend
 from sparsemem.virtio.vhost_user.control import ControlError, ControlServer
@@ -66,7 +66,8 @@ class Service:
                 if name in self._servers:
                     raise ValueError(f"two {name} devices for one guest")
                 journal = None if export.state is None else Journal(export.state, export.device.device_id)
-                server = Server(Backend(name, export.device, export.memory, journal), export.socket)
+                backend = Backend(name, export.device, export.memory, journal, _own_memory(export.device))
+                server = Server(backend, export.socket)
                 stack.callback(server.close)
                 self._servers[name] = server
             if self.control is not None:
@@ -143,6 +144,12 @@ class Service:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _own_memory(device: Device) -> RegionRange | None:
+    if not isinstance(device, VirtioMem):
+        return None
+    return RegionRange(device.address, device.region.size, device.region)
 
 
 def _guest_stats(balloon: VirtioBalloon) -> dict[str, int]:
