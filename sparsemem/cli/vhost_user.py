@@ -9,14 +9,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from sparsemem.backends import Backend, File, Memfd, from_text
 from sparsemem.cli.live import watching
 from sparsemem.cli.vmm import qemu_lines
-from sparsemem.units import exact_size, parse_size
+from sparsemem.units import parse_size
 
 if TYPE_CHECKING:
     from sparsemem.region import Region
@@ -123,13 +122,14 @@ def _exports(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[
     from sparsemem.virtio.balloon import VirtioBalloon
     from sparsemem.virtio.guest_memory import GuestMemory
     from sparsemem.virtio.mem import VirtioMem
-    from sparsemem.virtio.vhost_user.service import Export
+    from sparsemem.virtio.vhost_user.service import Export, region_for
 
     exports: list[Export] = []
     region: Region | None = None
     balloon, balloon_state = options.socket, options.state
     if options.device == "mem":
-        region = stack.enter_context(_region(options))
+        region = region_for(options.size, options.region, block_size=options.block_size, state=options.state)
+        stack.enter_context(region)
         mem = VirtioMem(
             region,
             address=options.address,
@@ -143,26 +143,7 @@ def _exports(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[
         balloon_state = None if options.state is None else f"{options.state}.balloon"
     if balloon is not None:
         memory = GuestMemory(regions=[] if region is None else [region])
-        exports.append(Export(VirtioBalloon(memory), balloon, memory, balloon_state))
+        device = VirtioBalloon(memory)
+        stack.callback(device.close)
+        exports.append(Export(device, balloon, memory, balloon_state))
     return tuple(exports), region
-
-
-def _region(options: argparse.Namespace) -> Region:
-    """The region, with the blocks plugged that the state file says are."""
-    from sparsemem.region import Region
-    from sparsemem.virtio.mem import VirtioMem
-    from sparsemem.virtio.vhost_user.state import Journal, StateError
-
-    backend, plugged = options.region, []
-    found = None if options.state is None else Journal(options.state, VirtioMem.device_id).load()
-    if found is not None:
-        plugged = [tuple(run) for run in found[0].get("plugged", ())]
-    if plugged:
-        if not isinstance(backend, File) or backend.path is None or not Path(backend.path).exists():
-            raise StateError(
-                f"{options.state}: blocks are plugged, and {backend} begins with nothing in them: "
-                "--region file:PATH keeps them; without the guest that has them, remove the state file"
-            )
-        # What the file holds beyond the record belongs to a request that was never answered.
-        backend = File(backend.path, existing="discard", strategy=backend.strategy, numa_node=backend.numa_node)
-    return Region(options.size, block_size=options.block_size, backend=backend, plugged=plugged, name="virtio-mem")

@@ -21,7 +21,7 @@ from attrs import define, field, frozen
 
 from sparsemem.virtio.vhost_user.messages import Request
 
-PATIENCE_S = 20.0
+PATIENCE_S = 10.0
 """Until a test gives up on an answer; far more than anything takes."""
 
 USER_BASE = 0x7F00_0000_0000
@@ -31,6 +31,10 @@ VERSION_1, PROTOCOL_FEATURES, INDIRECT, EVENT_IDX = 1 << 32, 1 << 30, 1 << 28, 1
 NEXT, WRITE, TABLE = 1, 2, 4
 
 _HEADER = struct.Struct("<III")
+
+
+def _user(guest_physical: int) -> int:
+    return (USER_BASE + guest_physical) % (1 << 64)
 
 
 class Gone(Exception):
@@ -89,8 +93,8 @@ class Guest:
 class Ring:
     """The driver's side of one split virtqueue."""
 
-    def __init__(self, guest: Guest, size: int = 64, features: int = 0) -> None:
-        self.guest, self.size, self.features = guest, size, features
+    def __init__(self, guest: Guest, size: int = 64) -> None:
+        self.guest, self.size = guest, size
         self.descriptors = guest.allocate(16 * size)
         self.available = guest.allocate(6 + 2 * size)
         self.used = guest.allocate(6 + 8 * size)
@@ -160,6 +164,7 @@ class Ring:
 
     def wait(self) -> tuple[int, int]:
         """The next used entry; waits for the interrupt."""
+        self.guest.write(self.available + 4 + 2 * self.size, struct.pack("<H", self.seen))
         while self.used_index() == self.seen:
             if not select.select([self.call], [], [], PATIENCE_S)[0]:
                 raise TimeoutError("no answer")
@@ -275,14 +280,14 @@ class Frontend:
 
     def share(self, ranges: Sequence[tuple[int, int, int]]) -> int:
         """SET_MEM_TABLE of `(guest-physical, size, fd)`."""
-        table = b"".join(struct.pack("<QQQQ", base, size, USER_BASE + base, 0) for base, size, _ in ranges)
+        table = b"".join(struct.pack("<QQQQ", base, size, _user(base), 0) for base, size, _ in ranges)
         return self.do(Request.SET_MEM_TABLE, struct.pack("<II", len(ranges), 0) + table, [fd for _, _, fd in ranges])
 
     def add_region(self, base: int, size: int, fd: int) -> int:
-        return self.do(Request.ADD_MEM_REG, struct.pack("<8xQQQQ", base, size, USER_BASE + base, 0), [fd])
+        return self.do(Request.ADD_MEM_REG, struct.pack("<8xQQQQ", base, size, _user(base), 0), [fd])
 
     def remove_region(self, base: int, size: int) -> int:
-        return self.do(Request.REM_MEM_REG, struct.pack("<8xQQQQ", base, size, USER_BASE + base, 0))
+        return self.do(Request.REM_MEM_REG, struct.pack("<8xQQQQ", base, size, _user(base), 0))
 
     def start(self, rings: Sequence[Ring], features: int, bases: Sequence[int] | None = None) -> None:
         """What comes at DRIVER_OK, but for the memory."""

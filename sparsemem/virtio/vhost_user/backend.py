@@ -26,7 +26,7 @@ from collections.abc import Callable
 from attrs import define, field, frozen
 
 from sparsemem.virtio.device import Device, GuestError
-from sparsemem.virtio.guest_memory import GuestMemory
+from sparsemem.virtio.guest_memory import GuestMemory, RegionRange
 from sparsemem.virtio.queue import EVENT_IDX, INDIRECT, Chain, Queue, check_room
 from sparsemem.virtio.vhost_user.state import Answer, Journal, digest
 from sparsemem.virtio.vhost_user.vring import Vring, signal
@@ -83,6 +83,7 @@ class Backend:
         device: What is served.
         memory: The guest's memory, which the session fills in.
         journal: Where the state is kept, or None.
+        expected: Where the device's own memory must be in the guest; else it says so.
         wake: Called, from any thread, when there is something to do; set by the server.
     """
 
@@ -90,6 +91,7 @@ class Backend:
     device: Device
     memory: GuestMemory
     journal: Journal | None = None
+    expected: RegionRange | None = None
     wake: Callable[[], None] = field(init=False, default=lambda: None)
     vrings: tuple[Vring, ...] = field(init=False)
     features: int = field(init=False, default=0)
@@ -99,7 +101,9 @@ class Backend:
     frontends: int = field(init=False, default=0)
     needs_reset: str = field(init=False, default="")
     trouble: str = field(init=False, default="")
+    _misplaced: str = field(init=False, default="")
     _last: Answer | None = field(init=False, default=None)
+    _recorded: dict[str, object] | None = field(init=False, default=None)
     _used_before: bool = field(init=False, default=False)
     _failures: int = field(init=False, default=0)
     _last_failure: str = field(init=False, default="")
@@ -113,10 +117,13 @@ class Backend:
             state, self._last = found
             self.device.load(state)
             self._used_before = True
+            self._recorded = state
         self.device.config_changed = self._config_changed
         self.device.answer_late = self._answer_late
         if self.journal is not None and found is None:
-            self.journal.record(self.device.save(), None)
+            # Now, so that a place where nothing can be written is known before a guest is there.
+            self._recorded = self.device.save()
+            self.journal.record(self._recorded, None)
 
     # ---- from any thread ------------------------------------------------------------------
 
@@ -138,7 +145,7 @@ class Backend:
             failures=self._failures,
             needs_reset=self.needs_reset,
             last_failure=self._last_failure,
-            trouble=self.trouble,
+            trouble=self.trouble or self._misplaced,
             records=0 if self.journal is None else self.journal.written,
         )
 
@@ -166,6 +173,7 @@ class Backend:
             vring.close()
         self.memory.replace(())
         self.features = self.status = 0
+        self._misplaced = ""
         self.recover()
         self.connected = False
 
@@ -208,6 +216,20 @@ class Backend:
     def recover(self) -> None:
         """The rings were stopped, or the status is 0: whatever was wrong is over."""
         self.needs_reset = ""
+
+    def check_place(self) -> None:
+        """Says so where the guest does not have the device's memory where the device says that it is."""
+        expected = self.expected
+        if expected is None:
+            return
+        there = any(
+            entry.region is expected.region and entry.address - entry.offset == expected.address - expected.offset
+            for entry in self.memory.ranges
+        )
+        misplaced = "" if there else f"the guest does not have the device's memory at {expected.address:#x}"
+        if misplaced and misplaced != self._misplaced:
+            _log.warning("%s: %s", self.name, misplaced)
+        self._misplaced = misplaced
 
     # ---- requests -------------------------------------------------------------------------
 
@@ -282,18 +304,25 @@ class Backend:
         self.memory.close()
 
     def save(self) -> bool:
-        """Writes the state file, if there is one; False if that failed, and then nothing may be answered."""
+        """Writes the state file, if there is one; False if that failed, and then nothing may be answered.
+
+        An answer without content that left the state as it was needs no record: done again it
+        comes to the same (a balloon's pages, which the guest does not use before the answer).
+        """
         if self.journal is None:
             return True
+        state, last = self.device.save(), self._last
+        if state == self._recorded and (last is None or not last.answer):
+            return True
         try:
-            self.journal.record(self.device.save(), self._last)
+            self.journal.record(state, last)
         except OSError as error:
             trouble = f"{self.journal.path}: {error.strerror}: requests wait until it can be written"
             if trouble != self.trouble:
                 _log.error("%s: %s", self.name, trouble)
             self.trouble = trouble
             return False
-        self.trouble = ""
+        self.trouble, self._recorded = "", state
         return True
 
 

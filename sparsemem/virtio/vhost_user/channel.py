@@ -151,6 +151,7 @@ class Channel:
             descriptor.close()
         self._descriptors.clear()
         self._data.clear()
+        self._header, self._deadline = None, None
 
     def close(self) -> None:
         """Ends the connection."""

@@ -77,7 +77,8 @@ class ControlServer:
     def close(self, timeout: float = 10.0) -> None:
         """Ends it; the socket's file is gone, and the connections."""
         self._stopping = True
-        os.eventfd_write(self._wake.fd, 1)
+        if self._wake.fd >= 0:
+            os.eventfd_write(self._wake.fd, 1)
         self._thread.join(timeout)
         self._listener.close()
         if not self._thread.is_alive():

@@ -53,6 +53,7 @@ class Server:
     path: str
     _listener: Listener = field(init=False)
     _wake: Descriptor = field(init=False)
+    _waking: threading.Lock = field(init=False, factory=threading.Lock)
     _thread: threading.Thread = field(init=False)
     _session: Session | None = field(init=False, default=None)
     _stopping: bool = field(init=False, default=False)
@@ -66,8 +67,9 @@ class Server:
         self._thread.start()
 
     def _awake(self) -> None:
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake.fd, 1)
+        with self._waking:  # else its number might be another descriptor's already
+            if self._wake.fd >= 0:
+                os.eventfd_write(self._wake.fd, 1)
 
     def close(self, timeout: float = 10.0) -> bool:
         """Ends it: the socket's file is gone, the connection too; whether the thread came to its end in that time."""
@@ -77,7 +79,8 @@ class Server:
         self._listener.close()
         if self._thread.is_alive():
             return False
-        self._wake.close()
+        with self._waking:
+            self._wake.close()
         return True
 
     def __enter__(self) -> Server:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
-from attrs import asdict, define, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 
-from sparsemem.errors import DeadlineError, UnsupportedError
-from sparsemem.units import Size
+from sparsemem.backends import Backend as Backing
+from sparsemem.backends import File
+from sparsemem.errors import DeadlineError, Run, UnsupportedError
+from sparsemem.region import Region
+from sparsemem.units import Size, parse_size
 from sparsemem.virtio.balloon import VirtioBalloon
 from sparsemem.virtio.device import Device
-from sparsemem.virtio.guest_memory import GuestMemory
+from sparsemem.virtio.guest_memory import GuestMemory, RegionRange
 from sparsemem.virtio.mem import VirtioMem
 from sparsemem.virtio.vhost_user.backend import Backend
 from sparsemem.virtio.vhost_user.control import ControlError, ControlServer
 from sparsemem.virtio.vhost_user.server import Server
-from sparsemem.virtio.vhost_user.state import Journal
+from sparsemem.virtio.vhost_user.state import Journal, StateError
 
 _STATS_PATIENCE_S = 0.2
 
@@ -66,7 +70,8 @@ class Service:
                 if name in self._servers:
                     raise ValueError(f"two {name} devices for one guest")
                 journal = None if export.state is None else Journal(export.state, export.device.device_id)
-                server = Server(Backend(name, export.device, export.memory, journal), export.socket)
+                backend = Backend(name, export.device, export.memory, journal, _own_memory(export.device))
+                server = Server(backend, export.socket)
                 stack.callback(server.close)
                 self._servers[name] = server
             if self.control is not None:
@@ -87,13 +92,13 @@ class Service:
     def resize(self, size: Size) -> dict[str, int]:
         """Asks the guest to plug so much; what it has plugged now."""
         device: VirtioMem = self._device(VirtioMem, "virtio-mem device")
-        device.requested_size = size  # type: ignore[assignment]  # a setter may take more than the getter gives
+        device.requested_size = size
         return {"requested_size": device.requested_size, "plugged_size": device.plugged_size}
 
     def inflate(self, size: Size) -> dict[str, int]:
         """Asks the guest for a balloon of so many bytes; what it has now."""
         device: VirtioBalloon = self._device(VirtioBalloon, "balloon")
-        device.target = size  # type: ignore[assignment]  # likewise
+        device.target = size
         return {"target_size": device.target, "actual_size": device.actual}
 
     def stats(self) -> dict[str, Any]:
@@ -143,6 +148,59 @@ class Service:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def region_for(size: Size, backend: Backing, *, block_size: Size | None = None, state: str | None = None) -> Region:
+    """The region of a virtio-mem device, with the blocks plugged that a state file says are.
+
+    What a file holds in other blocks belongs to a request that was never answered, and is
+    discarded.
+
+    Args:
+        size: Bytes.
+        backend: A `Memfd` or `File`.  Only a file by path has anything to go on with.
+        block_size: Bytes of a block; by default as for any region.
+        state: The state file, if there is to be one.
+
+    Raises:
+        StateError: It is not what it should be, or says that blocks are plugged where there is nothing any more.
+        ReserveError: The kernel refused.
+    """
+    found = None if state is None else Journal(state, VirtioMem.device_id).load()
+    plugged: list[Run] = []
+    if found is not None:
+        block_size, plugged = _geometry(f"{state}", found[0], size, block_size)
+    if plugged:
+        if not isinstance(backend, File) or backend.path is None or not os.path.exists(backend.path):
+            raise StateError(
+                f"{state}: blocks are plugged, but {backend} begins with nothing in them; a file by path keeps "
+                "them (if their guest is gone, remove the state file)"
+            )
+        backend = evolve(backend, existing="discard")
+    return Region(size, block_size=block_size, backend=backend, plugged=plugged, name="virtio-mem")
+
+
+def _geometry(path: str, state: dict[str, Any], size: Size, block_size: Size | None) -> tuple[int, list[Run]]:
+    """The block size and the plugged blocks of a state, which must be that of such a region.
+
+    Before there is a region, because what is not plugged is discarded as it is made.
+    """
+    given = {"region_size": parse_size(size)}
+    if block_size is not None:
+        given["block_size"] = parse_size(block_size)
+    for name, value in given.items():
+        if state.get(name) != value:
+            raise StateError(f"{path}: {name} is {state.get(name)!r} there, and not {value}")
+    try:
+        return state["block_size"], [(first, count) for first, count in state["plugged"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(f"{path}: no state of a virtio-mem device: {error!r}") from None
+
+
+def _own_memory(device: Device) -> RegionRange | None:
+    if not isinstance(device, VirtioMem):
+        return None
+    return RegionRange(device.address, device.region.size, device.region)
 
 
 def _guest_stats(balloon: VirtioBalloon) -> dict[str, int]:

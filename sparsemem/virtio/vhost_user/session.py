@@ -279,6 +279,7 @@ class Session:
         if not about.given:
             raise ValueError(f"ring {about.index} without a descriptor: it would have to be polled")
         replace(vring, "kick", check_event(message.descriptors[0]))
+        self._backend.check_place()
 
     def _set_vring_call(self, message: Message) -> None:
         self._set_event("call", message)
