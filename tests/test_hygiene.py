@@ -237,7 +237,8 @@ def test_the_layers_of_virtio_do_not_reach_up(path: Path) -> None:
     for name in _imports(path):
         if name.startswith("sparsemem.virtio."):
             layer = _layer(name.split(".")[2], VIRTIO_LAYERS)
-            assert layer is not None and layer > own, f"{path.name} imports {name} from above or beside"
+            assert layer is not None
+            assert layer > own, f"{path.name} imports {name} from above or beside"
 
 
 SYSTEM = {"ctypes", "fcntl", "mmap", "resource", "signal", "socket", "subprocess", "select"}

@@ -42,7 +42,8 @@ class MemDriver(Recorder):
 
     def ask(self, operation: MemOperation, address: int = 0, count: int = 0) -> MemResponse:
         answer = self.device.handle(0, Element(MemRequest(operation, address, count).pack(), ROOM))
-        assert answer is not None and len(answer) == MemResponse.SIZE
+        assert answer is not None
+        assert len(answer) == MemResponse.SIZE
         return MemResponse.unpack(answer)
 
     def at(self, block: int) -> int:

@@ -63,7 +63,7 @@ def listening(driver: BalloonDriver) -> Heard:
     return heard
 
 
-# ---- inflate and deflate ---------------------------------------------------------------------------------------------
+# ---- inflate and deflate --------------------------------------------------------------------------------------------
 
 
 def test_pages_in_the_balloon_are_given_back_in_whatever_order_they_come(driver: BalloonDriver, region: Region) -> None:
@@ -124,7 +124,7 @@ def test_a_discard_that_fails_is_counted_and_told_and_the_guest_goes_on(inject: 
         assert driver.device.discarded_size == 2 * PAGE
 
 
-# ---- host pages larger than the guest's ------------------------------------------------------------------------------
+# ---- host pages larger than the guest's -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_a_table_that_changes_keeps_what_stays(large: Region) -> None:
         driver.device.close()
 
 
-# ---- size -------------------------------------------------------------------------------------------------------------
+# ---- size -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_target_is_what_the_driver_reads_and_is_told_of(driver: BalloonDriver) -> None:
@@ -287,7 +287,7 @@ def test_of_what_is_written_only_actual_and_the_poison_count(driver: BalloonDriv
             driver.device.write_config(offset, data)
 
 
-# ---- queues and features ------------------------------------------------------------------------------------------------
+# ---- queues and features --------------------------------------------------------------------------------------------
 
 
 def test_queues_are_numbered_over_the_features_that_were_negotiated() -> None:
@@ -316,7 +316,7 @@ def test_features_are_offered_as_asked_and_nothing_else_is_accepted(region: Regi
     assert VirtioBalloon(region).features == ALL
 
 
-# ---- statistics -----------------------------------------------------------------------------------------------------------
+# ---- statistics -----------------------------------------------------------------------------------------------------
 
 
 def test_statistics_come_when_the_held_buffer_is_given_back(driver: BalloonDriver) -> None:
@@ -361,7 +361,7 @@ def test_a_buffer_that_was_held_is_gone_with_a_reset(driver: BalloonDriver) -> N
     assert driver.late == []
 
 
-# ---- hints ---------------------------------------------------------------------------------------------------------------
+# ---- hints ----------------------------------------------------------------------------------------------------------
 
 
 def test_hints_count_in_their_session_only_and_are_never_discards(driver: BalloonDriver, region: Region) -> None:
@@ -420,7 +420,7 @@ def test_hints_of_a_driver_that_gives_none(region: Region) -> None:
         BalloonDriver(VirtioBalloon(region), 0).device.start_hinting()
 
 
-# ---- reporting -----------------------------------------------------------------------------------------------------------
+# ---- reporting ------------------------------------------------------------------------------------------------------
 
 
 def test_reported_pages_are_given_back(driver: BalloonDriver, region: Region) -> None:
@@ -470,7 +470,7 @@ def test_a_report_of_unplugged_blocks_is_left_out(driver: BalloonDriver, region:
     assert region.audit().ok
 
 
-# ---- with virtio-mem, and saved ----------------------------------------------------------------------------------------------
+# ---- with virtio-mem, and saved -------------------------------------------------------------------------------------
 
 
 def test_balloon_and_unplug_at_the_same_time_never_collide() -> None:

@@ -48,7 +48,7 @@ class Heard(MemListener):
         self.events.append((request.operation.name, response.answer.name))
 
 
-# ---- the host's side ----------------------------------------------------------------------------------------------
+# ---- the host's side ------------------------------------------------------------------------------------------------
 
 
 def test_a_size_that_is_reached_is_told_and_can_be_waited_for(region: Region) -> None:
@@ -235,7 +235,7 @@ def test_blocks_that_cannot_be_given_back_to_the_guest_are_no_busy() -> None:
         assert driver.config.plugged_size == region.plugged_size
 
 
-# ---- what no driver may send ------------------------------------------------------------------------------------------
+# ---- what no driver may send ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_the_driver_cannot_write_the_configuration(region: Region) -> None:
             driver.device.write_config(offset, data)
 
 
-# ---- migration ----------------------------------------------------------------------------------------------------------
+# ---- migration ------------------------------------------------------------------------------------------------------
 
 
 def test_a_saved_state_makes_another_device_the_same(region: Region) -> None:
