@@ -63,13 +63,13 @@ def test_statistics_are_the_guests_own_figures(guest: Guest, balloon: VirtioBall
 
 
 def test_free_pages_are_reported_and_hinted(guest: Guest, balloon: VirtioBalloon) -> None:
+    free = guest.meminfo()["MemFree"]
     guest.run("head -c 160m /dev/zero >/tmp/file")
     used = host_memory(balloon)
     guest.run("rm /tmp/file")
     until(lambda: used - host_memory(balloon) > 128 * MIB, "the file's memory is given back")
     hints = Hints()
     balloon.add_listener(hints)
-    free = guest.meminfo()["MemFree"]
     session = balloon.start_hinting()
     hints.wait_done(1)
     assert hints.done == [session]
