@@ -56,6 +56,12 @@ def start(qemu: Qemu, vhost_user_device: tuple[str, list[str]]) -> Iterator[Star
         yield lambda devices: stack.enter_context(qemu.start(*creatable, *devices.arguments(name)))
 
 
+def write(guest: Guest, size: int, name: str = "file") -> None:
+    """Has the guest use so many bytes of its memory: for a file in /tmp."""
+    guest.run(f"dd if=/dev/zero of=/tmp/{name} bs=1M count={size >> 20} 2>/dev/null")
+
+
 def fill(guest: Guest, size: int) -> None:
     """Has the guest use so much of its free memory, and let go of it: afterwards the host has memory behind it."""
-    guest.run(f"mount -o remount,size=95% /tmp; head -c {size} /dev/zero >/tmp/fill && rm /tmp/fill")
+    write(guest, size)
+    guest.run("rm /tmp/file")

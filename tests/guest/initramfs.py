@@ -19,7 +19,7 @@ INIT = """#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-mount -t tmpfs -o size=95% tmp /tmp
+mount -t tmpfs -o size=16g tmp /tmp
 mount -t debugfs debug /sys/kernel/debug 2>/dev/null
 auto=/sys/devices/system/memory/auto_online_blocks
 [ ! -e $auto ] || echo online_movable >$auto

@@ -10,7 +10,7 @@ import pytest
 from sparsemem.virtio.balloon import VirtioBalloon
 from sparsemem.virtio.guest_memory import GuestMemory
 from sparsemem.virtio.vhost_user import Backend, Server
-from tests.guest.conftest import fill
+from tests.guest.conftest import fill, write
 from tests.guest.console import Guest, until
 from tests.guest.ours import Hints, backed
 from tests.guest.uml import BALLOON, UserModeLinux
@@ -64,7 +64,7 @@ def test_statistics_are_the_guests_own_figures(guest: Guest, balloon: VirtioBall
 
 def test_free_pages_are_reported_and_hinted(guest: Guest, balloon: VirtioBalloon) -> None:
     free = guest.meminfo()["MemFree"]
-    guest.run("head -c 160m /dev/zero >/tmp/file")
+    write(guest, 160 * MIB)
     used = host_memory(balloon)
     guest.run("rm /tmp/file")
     until(lambda: used - host_memory(balloon) > 128 * MIB, "the file's memory is given back")
