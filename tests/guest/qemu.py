@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ MIB = 1 << 20
 # The memory that the guest boots with, and where a device's range lies: above it, and above what lies below 4 GiB.
 RAM = 512 * MIB
 RANGE_ADDRESS = 0x1_4000_0000
+MEMORY = (
+    *("-machine", "q35,memory-backend=ram"),
+    *("-m", f"size={RAM >> 20}M,maxmem=16G,slots=4"),
+    *("-object", f"memory-backend-memfd,id=ram,size={RAM},share=on"),
+)
 PLUGIN_SOURCE = Path(__file__).with_name("creatable.c")
 VHOST_USER_DEVICE = "vhost-user-device-pci"
 # What newer QEMUs call it; there it may be created without more ado.
@@ -109,24 +115,30 @@ class Qemu:
     packages: Packages
     folder: Path
 
-    def start(self, *devices: str, pass_fds: tuple[int, ...] = (), traces: tuple[str, ...] = ()) -> QemuGuest:
+    def start(self, *devices: str, memory: Sequence[str] = MEMORY, traces: tuple[str, ...] = ()) -> QemuGuest:
         """Starts a guest and waits until init obeys.
 
         Args:
             devices: More arguments for QEMU.
-            pass_fds: Descriptors that it inherits.
+            memory: The arguments for the machine and the memory that it boots with.
             traces: Trace events written to its log.
         """
         ours, its = socket.socketpair()
+        traced = [word for name in traces for word in ("-trace", name)]
         with its, (self.folder / "qemu.log").open("wb") as log:
             process = subprocess.Popen(
-                [*self.arguments(its.fileno()), *[word for name in traces for word in ("-trace", name)], *devices],
+                [
+                    *self.arguments(its.fileno()),
+                    *memory,
+                    *[word for name in traces for word in ("-trace", name)],
+                    *devices,
+                ],
                 env=self.packages.environment,
                 cwd=self.folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                pass_fds=(its.fileno(), *pass_fds),
+                pass_fds=(its.fileno(),),
                 start_new_session=True,
             )
         guest = QemuGuest(process, self.folder, ours)
@@ -138,7 +150,7 @@ class Qemu:
         return guest
 
     def arguments(self, qmp: int) -> list[str]:
-        """The command line of a guest without further devices; `qmp` is the descriptor of its control connection."""
+        """The command line but for memory and devices; `qmp` is the descriptor of the control connection."""
         share = self.packages.root / "usr/share"
         archive = self.folder / "initramfs.cpio"
         if not archive.exists():
@@ -149,9 +161,6 @@ class Qemu:
             *("-L", str(share / "qemu"), "-L", str(share / "seabios")),
             *("-nodefaults", "-no-user-config", "-display", "none"),
             *("-accel", "tcg", "-cpu", "max"),
-            *("-machine", "q35,memory-backend=ram"),
-            *("-m", f"size={RAM >> 20}M,maxmem=16G,slots=4"),
-            *("-object", f"memory-backend-memfd,id=ram,size={RAM},share=on"),
             *("-kernel", str(self.packages.one("boot/vmlinuz-*")), "-initrd", str(archive)),
             *("-append", "console=ttyS1 panic=-1 loglevel=5 nokaslr"),
             *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
