@@ -112,5 +112,3 @@ def recorded(path: Path, most: int = 2000) -> Iterator[None]:
         session.Session._handle = handle  # type: ignore[method-assign]
         Backend._serve_one = serve  # type: ignore[method-assign]
         path.write_text("".join(f"{line}\n" for line in lines))
-
-
