@@ -205,9 +205,11 @@ def _table(data: bytes) -> tuple[MemoryRegion, ...]:
     (count,) = _TABLE.unpack_from(data)
     if count > MAX_DESCRIPTORS:
         raise ProtocolError(f"a memory table of {count} regions, where {MAX_DESCRIPTORS} is the most")
-    if len(data) != _TABLE.size + count * _MEMORY.size:
+    end = _TABLE.size + count * _MEMORY.size
+    # User-mode Linux always sends room for two regions, whatever the count.
+    if len(data) < end:
         raise ProtocolError(f"a memory table of {count} regions in {len(data)} bytes")
-    return tuple(MemoryRegion(*each) for each in _MEMORY.iter_unpack(data[_TABLE.size :]))
+    return tuple(MemoryRegion(*each) for each in _MEMORY.iter_unpack(data[_TABLE.size : end]))
 
 
 def _slot(data: bytes) -> MemoryRegion:
