@@ -39,6 +39,8 @@ GOOD: list[tuple[Request, bytes, int, object]] = [
     (Request.SET_MEM_TABLE, struct.pack("<II", 0, 7), 0, ()),
     (Request.SET_MEM_TABLE, struct.pack("<II", 2, 0) + REGION * 2, 2, (MemoryRegion(1, 2, 3, 4),) * 2),
     (Request.SET_MEM_TABLE, struct.pack("<II", 8, 0) + REGION * 8, 8, (MemoryRegion(1, 2, 3, 4),) * 8),
+    # As user-mode Linux sends it: with room for another.
+    (Request.SET_MEM_TABLE, struct.pack("<II", 1, 0) + REGION + bytes(32), 1, (MemoryRegion(1, 2, 3, 4),)),
     (Request.SET_VRING_NUM, struct.pack("<II", 1, 128), 0, VringState(1, 128)),
     (Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", 1, 2, 3, 4, 5, 6), 0, VringAddress(1, 2, 3, 4, 5)),
     (Request.SET_VRING_BASE, struct.pack("<II", 1, 5), 0, VringState(1, 5)),
@@ -98,6 +100,7 @@ def test_other_numbers_of_descriptors_are_refused(
     [
         (Request.SET_MEM_TABLE, struct.pack("<II", 9, 0) + REGION * 9, "9 regions, where 8"),
         (Request.SET_MEM_TABLE, struct.pack("<II", 3, 0) + REGION * 2, "3 regions in 72 bytes"),
+        (Request.SET_MEM_TABLE, struct.pack("<II", 1, 0) + REGION * 9, "1 regions in 296 bytes"),
         (Request.SET_VRING_KICK, struct.pack("<Q", 0x200), "unknown flags"),
         (Request.SET_VRING_CALL, struct.pack("<Q", 1 << 63), "unknown flags"),
         (Request.GET_CONFIG, struct.pack("<III", 0, 257, 0) + bytes(257), "configuration message"),

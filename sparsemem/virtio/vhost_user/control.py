@@ -15,7 +15,6 @@ import os
 import select
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +32,6 @@ Command = Callable[..., object]
 
 _LONGEST = 64 << 10
 _MOST_CLIENTS = 16
-_PATIENCE_S = 5.0
 
 
 class ControlError(SparseMemError, ValueError):
@@ -42,10 +40,14 @@ class ControlError(SparseMemError, ValueError):
 
 @define(eq=False)
 class _Client:
-    """A connection, and what has come of its next line."""
+    """A connection, what has come of its next line, and what it has still to be sent.
+
+    While that is something nothing more is read: who does not listen is not listened to.
+    """
 
     connection: socket.socket
     data: bytearray = field(factory=bytearray)
+    answers: bytearray = field(factory=bytearray)
 
 
 @define(eq=False)
@@ -95,14 +97,19 @@ class ControlServer:
     def _turn(self) -> None:
         poll = select.poll()
         listening = self._listener.fileno()
-        for fd in (self._wake.fd, listening, *self._clients):
+        for fd in (self._wake.fd, listening):
             poll.register(fd, select.POLLIN)
+        for fd, client in self._clients.items():
+            poll.register(fd, select.POLLOUT if client.answers else select.POLLIN)
         for fd, _ in poll.poll():
             if fd == listening:
                 self._accept()
             elif fd in self._clients:
+                client = self._clients[fd]
                 try:
-                    self._receive(self._clients[fd])
+                    if not client.answers:
+                        self._receive(client)
+                    self._answer_lines(client)
                 except (OSError, ControlError) as error:
                     _log.debug("control: %s", error)
                     self._drop(fd)
@@ -119,7 +126,8 @@ class ControlServer:
     def _drop(self, fd: int) -> None:
         self._clients.pop(fd).connection.close()
 
-    def _receive(self, client: _Client) -> None:
+    @staticmethod
+    def _receive(client: _Client) -> None:
         try:
             data = client.connection.recv(_LONGEST)
         except BlockingIOError:
@@ -127,26 +135,23 @@ class ControlServer:
         if not data:
             raise ControlError("the client has gone")
         client.data += data
-        while b"\n" in client.data:
-            line, _, rest = bytes(client.data).partition(b"\n")
+
+    def _answer_lines(self, client: _Client) -> None:
+        """Answers what is whole, one line after the other, as long as the answers are read."""
+        while True:
+            if client.answers:
+                try:
+                    del client.answers[: client.connection.send(client.answers, socket.MSG_NOSIGNAL)]
+                except BlockingIOError:
+                    return
+                continue
+            line, newline, rest = bytes(client.data).partition(b"\n")
+            if not newline:
+                break
             client.data[:] = rest
-            self._send(client.connection, json.dumps(self._answer(line)).encode() + b"\n")
+            client.answers += json.dumps(self._answer(line)).encode() + b"\n"
         if len(client.data) > _LONGEST:
             raise ControlError(f"a line of more than {_LONGEST} bytes")
-
-    @staticmethod
-    def _send(connected: socket.socket, data: bytes) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
-        while data:
-            try:
-                data = data[connected.send(data, socket.MSG_NOSIGNAL) :]
-            except BlockingIOError:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise ControlError(f"an answer was not read within {_PATIENCE_S:g} s") from None
-                poll = select.poll()
-                poll.register(connected, select.POLLOUT)
-                poll.poll(left * 1000)
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:

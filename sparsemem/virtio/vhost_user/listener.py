@@ -10,7 +10,7 @@ import stat
 
 from attrs import define, field
 
-_BACKLOG = 4
+_BACKLOG = 64
 
 
 @define(eq=False)

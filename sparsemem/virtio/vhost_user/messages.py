@@ -207,7 +207,7 @@ def _table(data: bytes) -> tuple[MemoryRegion, ...]:
         raise ProtocolError(f"a memory table of {count} regions, where {MAX_DESCRIPTORS} is the most")
     end = _TABLE.size + count * _MEMORY.size
     # User-mode Linux always sends room for two regions, whatever the count.
-    if len(data) < end:
+    if len(data) < end or (len(data) - end) % _MEMORY.size or len(data) > _TABLE.size + MAX_DESCRIPTORS * _MEMORY.size:
         raise ProtocolError(f"a memory table of {count} regions in {len(data)} bytes")
     return tuple(MemoryRegion(*each) for each in _MEMORY.iter_unpack(data[_TABLE.size : end]))
 
