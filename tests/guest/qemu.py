@@ -127,12 +127,7 @@ class Qemu:
         traced = [word for name in traces for word in ("-trace", name)]
         with its, (self.folder / "qemu.log").open("wb") as log:
             process = subprocess.Popen(
-                [
-                    *self.arguments(its.fileno()),
-                    *memory,
-                    *[word for name in traces for word in ("-trace", name)],
-                    *devices,
-                ],
+                [*self.arguments(its.fileno()), *memory, *traced, *devices],
                 env=self.packages.environment,
                 cwd=self.folder,
                 stdin=subprocess.PIPE,
