@@ -60,6 +60,10 @@ class Devices(abc.ABC):
         """How large the driver says that the balloon is."""
 
     @abc.abstractmethod
+    def balloon_written(self) -> float:
+        """When the driver last said how large the balloon is and that was as asked for, seconds as of `time.time()`."""
+
+    @abc.abstractmethod
     def requests(self) -> list[Request]:
         """All that virtio-mem's driver has asked for and was answered, in order."""
 
@@ -85,6 +89,7 @@ _TRACE = re.compile(
     r"|(?P<all>unplug_all_request)"
     r"|send_response type=(?P<answer>\d+))"
 )
+_BALLOON_TRACE = re.compile(r"@(\d+\.\d+):virtio_balloon_set_config")
 _KINDS = {"plug": PLUG, "unplug": UNPLUG, "state": STATE}
 
 
@@ -139,6 +144,9 @@ class OwnDevices(Devices):
     def ballooned(self) -> int:
         left: int = self.guest.qmp.command("query-balloon")["actual"]
         return self._ram + self.plugged() - left
+
+    def balloon_written(self) -> float:
+        return float(_BALLOON_TRACE.findall(self.guest.log.read_text())[-1])
 
     def requests(self) -> list[Request]:
         return list(parse_traces(Path(self.guest.log).read_text()))

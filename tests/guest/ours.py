@@ -48,6 +48,16 @@ class Hints(BalloonListener):
         until(lambda: len(self.done) >= sessions, "the end of the hints")
 
 
+class Reached(BalloonListener):
+    """Notes when the balloon last had its size."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def on_reached(self, size: int) -> None:
+        self.time = time.time()
+
+
 class OurDevices(Devices):
     """A virtio-mem device over a region, and a balloon over all of the guest's memory, each at a socket.
 
@@ -65,6 +75,8 @@ class OurDevices(Devices):
         self.mem.add_listener(self.recorder)
         self.memory = GuestMemory(regions=[region])
         self.balloon_device = VirtioBalloon(self.memory, **balloon)
+        self._reached = Reached()
+        self.balloon_device.add_listener(self._reached)
         self._servers = [
             Server(Backend("mem", self.mem, GuestMemory(regions=[region])), str(folder / "mem.socket")),
             Server(Backend("balloon", self.balloon_device, self.memory), str(folder / "balloon.socket")),
@@ -109,6 +121,9 @@ class OurDevices(Devices):
 
     def ballooned(self) -> int:
         return self.balloon_device.actual
+
+    def balloon_written(self) -> float:
+        return self._reached.time
 
     def requests(self) -> list[Request]:
         return self.recorder.requests
