@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -20,6 +21,9 @@ from typing import TypeVar
 # Far beyond what anything takes here, even beside other work on two processors.
 WATCHDOG = 150.0
 POLL = 0.01
+
+# A guest must not outlive whoever started it, however that ended. (Not a hook of Popen's: this process has threads.)
+DIE_TOGETHER = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 
 Answer = TypeVar("Answer")
 

@@ -13,7 +13,7 @@ from typing import Any
 from attrs import frozen
 
 from tests.guest import initramfs
-from tests.guest.console import WATCHDOG, Guest, StuckError
+from tests.guest.console import DIE_TOGETHER, WATCHDOG, Guest, StuckError
 from tests.guest.packages import Packages, PackagesMissingError
 
 MIB = 1 << 20
@@ -127,7 +127,7 @@ class Qemu:
         traced = [word for name in traces for word in ("-trace", name)]
         with its, (self.folder / "qemu.log").open("wb") as log:
             process = subprocess.Popen(
-                [*self.arguments(its.fileno()), *memory, *traced, *devices],
+                [*DIE_TOGETHER, *self.arguments(its.fileno()), *memory, *traced, *devices],
                 env=self.packages.environment,
                 cwd=self.folder,
                 stdin=subprocess.PIPE,

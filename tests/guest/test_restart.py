@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from sparsemem.virtio.vhost_user import ask
-from tests.guest.console import until
+from tests.guest.console import DIE_TOGETHER, until
 from tests.guest.qemu import MIB, Qemu, QemuGuest
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
@@ -35,6 +35,7 @@ class Served:
         self._control = str(folder / "control")
         self.process = subprocess.Popen(
             [
+                *DIE_TOGETHER,
                 *(sys.executable, "-m", "sparsemem", "vhost-user", "mem", "--size", str(SIZE)),
                 *("--region", f"file:{memory}", "--state", str(folder / "state"), "--control", self._control),
                 *("--socket", str(folder / "mem"), "--with-balloon", str(folder / "balloon")),

@@ -11,7 +11,7 @@ from pathlib import Path
 from attrs import frozen
 
 from tests.guest import initramfs
-from tests.guest.console import Guest
+from tests.guest.console import DIE_TOGETHER, Guest
 from tests.guest.packages import Packages
 from tests.support import seccomp
 
@@ -76,6 +76,7 @@ class UserModeLinux:
             modules = {"virtio_balloon": self.packages.module("virtio_balloon", "usr/lib/uml/modules")}
             initramfs.write(archive, self.packages, modules, "tty0")
         command = [
+            *DIE_TOGETHER,
             *(sys.executable, "-c", _START),
             str(self.packages.one("usr/bin/linux.uml")),
             *(f"mem={memory}", f"initrd={archive}", "root=/dev/ram0", "con=null", "con0=fd:0,fd:1", _NARROW),
