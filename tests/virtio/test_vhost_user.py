@@ -122,7 +122,7 @@ def test_as_qemu_does_it(server: Server, device: Echo, guest: Guest, rings: list
             for i in range(len(rings)):
                 assert frontend.do(Request.SET_VRING_ENABLE, ring_state(i, 1)) == 0
             frontend.send(Request.SET_STATUS, number(frontend.number(Request.GET_STATUS) | 7))
-            for i, ring in enumerate(rings):
+            for ring in rings:
                 assert ring.request(b"hello", 8) == b"olleh"
             assert [frontend.stop_ring(i) for i in range(3)] == [base + 1 for base in bases]
             assert frontend.remove_region(guest.base, guest.size) == 0
