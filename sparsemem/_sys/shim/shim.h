@@ -41,7 +41,7 @@ int sm_runs_aligned(const sm_run *runs, size_t nruns, uint64_t unit);
 size_t sm_runs_within(const sm_run *runs, size_t nruns, sm_run window, uint64_t base,
                       unsigned shift, sm_run *out);
 size_t sm_runs_widen(const sm_run *runs, size_t nruns, unsigned shift, sm_run *out);
-size_t sm_runs_of_frames(const void *frames, size_t n, sm_run *out);
+size_t sm_runs_of_frames(const void *frames, size_t n, uint32_t *scratch, sm_run *out);
 
 /* ---- bits: a bitmap in little-endian bit order ---------------------------- */
 
