@@ -85,8 +85,8 @@ typedef struct sm_claim {
 } sm_claim;
 
 typedef struct {            /* what an operation has come to            */
-    const sm_run *plugged, *unplugged, *tainted, *healed, *pending;
-    size_t nplugged, nunplugged, ntainted, nhealed, npending;
+    const sm_run *plugged, *unplugged, *tainted, *healed, *pending, *empty;
+    size_t nplugged, nunplugged, ntainted, nhealed, npending, nempty;
 } sm_outcome;
 
 typedef struct {
