@@ -346,6 +346,33 @@ class GuestMemory:
                 _access(piece, data[done : done + piece[2]])
                 done += piece[2]
 
+    def check(self, address: int, length: int) -> None:
+        """Refuses addresses that are not all in the table.
+
+        Raises:
+            GuestError: They are not.
+        """
+        with self.table() as table:
+            table.pieces(address, length)
+
+    def load16(self, address: int) -> int:
+        """A 16-bit number in one access, with acquire: what was written before it is there for later reads.
+
+        Raises:
+            As `read`; and GuestError if it is not aligned.
+        """
+        with self.table() as table:
+            return _access16(table.pieces(address, 2), None)
+
+    def store16(self, address: int, value: int) -> None:
+        """Stores a 16-bit number in one access, with release, and a full fence after it.
+
+        Raises:
+            As `write`; and GuestError if it is not aligned.
+        """
+        with self.table() as table:
+            _access16(table.pieces(address, 2), value)
+
     def view(self, address: int, length: int) -> memoryview:
         """The memory itself, for what must be read and written as one, such as a ring's index.
 
@@ -451,6 +478,26 @@ def _view(entry: MemoryRange, offset: int, length: int) -> memoryview:
         raise _unplugged(entry, offset, length) from error
 
 
+def _access16(pieces: list[Piece], value: int | None) -> int:
+    """The index of a ring: as `_access`, but one access, which a copy need not be."""
+    # Ranges are whole frames, so an even address and the next are in one.
+    entry, offset, length = pieces[0]
+    if offset % 2:
+        raise GuestError(f"a 16-bit number at {entry.address + offset - entry.offset:#x}, which is odd")
+    pin = None if entry.owned else _view(entry, offset, length)
+    try:
+        address = entry.region.address + offset
+        if value is None:
+            return _calls.kernel.load16(address)
+        _calls.kernel.store16(address, value)
+        return value
+    except OSError as error:
+        raise _failed(error, "read" if value is None else "write", pieces[0]) from error
+    finally:
+        if pin is not None:
+            pin.release()
+
+
 def _access(piece: Piece, data: bytes | None = None) -> bytes:
     """Reads, or writes `data`; the blocks are pinned, so that they cannot be unplugged meanwhile."""
     entry, offset, length = piece
@@ -463,12 +510,16 @@ def _access(piece: Piece, data: bytes | None = None) -> bytes:
         _calls.kernel.write_memory(address, data)
         return b""
     except OSError as error:
-        did = "read" if data is None else "write"
-        raise GuestMemoryError(
-            error.errno,
-            f"cannot {did} {length} bytes at {entry.address + offset - entry.offset:#x}: {error.strerror} "
-            "(truncated underneath, or no room for its pages?)",
-        ) from error
+        raise _failed(error, "read" if data is None else "write", piece) from error
     finally:
         if pin is not None:
             pin.release()
+
+
+def _failed(error: OSError, what: str, piece: Piece) -> GuestMemoryError:
+    entry, offset, length = piece
+    return GuestMemoryError(
+        error.errno,
+        f"cannot {what} {length} bytes at {entry.address + offset - entry.offset:#x}: {error.strerror} "
+        "(truncated underneath, or no room for its pages?)",
+    )

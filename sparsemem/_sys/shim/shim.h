@@ -242,6 +242,11 @@ int sm_quick_plug(sm_quick *quick, int64_t first, int64_t count);
 int sm_quick_unplug(sm_quick *quick, int64_t first, int64_t count);
 void sm_blocks_watch(sm_blocks *blocks, int watched);
 
+/* ---- a 16-bit number that others use, too: -EFAULT where there is no page for it ----- */
+
+int sm_shared_load16(uint64_t address);
+int sm_shared_store16(uint64_t address, uint16_t value);
+
 /* ---- single system calls --------------------------------------------------- */
 
 int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable, int locked,
