@@ -18,12 +18,14 @@ from itertools import islice
 from sparsemem._sys import lib
 from sparsemem.backends import Memfd
 from sparsemem.bench.cases.hyperalloc import PUBLISHED, TOUCHED
+from sparsemem.bench.cases.rings import laid_out, serve
 from sparsemem.bench.lab import Lab, Watch
 from sparsemem.bench.model import RATE, Case, Figures, Measure, Published, Way
 from sparsemem.bench.peers import Peers
 from sparsemem.errors import SparseMemError
 from sparsemem.region import Region
-from sparsemem.virtio import Element, VirtioBalloon, VirtioMem
+from sparsemem.virtio import Element, RegionRange, VirtioBalloon, VirtioMem
+from sparsemem.virtio.queue import Queue
 from sparsemem.virtio.wire import FRAME_SIZE, MemAnswer, MemOperation, MemRequest, MemResponse, pack_frames
 
 _BARE = "C, a call for each"
@@ -77,6 +79,7 @@ def _balloon(order: Callable[[int], list[int]], lab: Lab) -> Iterator[list[Way]]
     yield [
         Way("sparsemem", partial(inflate, thp=False), memory=size),
         Way("sparsemem, huge pages", partial(inflate, thp=None), memory=size),
+        Way("sparsemem, through the queue", partial(inflate, thp=False, queued=True), memory=size),
         lab.in_c(_BARE, partial(_punch, size, offsets), memory=size),
     ]
 
@@ -86,14 +89,19 @@ def _requests(frames: list[int]) -> list[Element]:
     return [Element(pack_frames(some)) for some in iter(lambda: list(islice(left, _FRAMES_A_REQUEST)), [])]
 
 
-def _inflate(size: int, requests: list[Element], *, thp: bool | None) -> Figures:
-    with Region(size, block_size=min(size, _BLOCK), backend=Memfd(thp=thp)) as region:
+def _inflate(size: int, requests: list[Element], *, thp: bool | None, queued: bool = False) -> Figures:
+    with (
+        Region(size, block_size=min(size, _BLOCK), backend=Memfd(thp=thp)) as region,
+        laid_out(requests if queued else [], [RegionRange(0, size, region)]) as (memory, rings),
+    ):
         region.plug(0, region.nblocks)
-        device = VirtioBalloon(region)
-        handle = device.handle
+        device = VirtioBalloon(memory)
         watch = Watch()
-        for request in requests:
-            handle(0, request)
+        if queued:
+            serve(device, Queue(memory, rings, features=0, base=0))
+        else:
+            for request in requests:
+                device.handle(0, request)
         took = watch.lap()
         _expect(device.discarded_size == size, "the balloon has not discarded all of its pages")
         return {INFLATE: _gib(size) / took}
@@ -117,6 +125,7 @@ def _mem(lab: Lab) -> Iterator[list[Way]]:
     yield [
         Way("sparsemem, 128M a request", partial(_plug_and_unplug, size, many), memory=size),
         Way("sparsemem, a block a request", partial(_plug_and_unplug, size, 1), memory=size),
+        Way("sparsemem, a block a request, through the queue", partial(_queued, size), memory=size),
         Way("sparsemem, without prealloc", partial(_plug_and_unplug, size, many, prealloc=False)),
         lab.in_c(_BARE, partial(_bare_blocks, size), memory=size),
     ]
@@ -125,21 +134,40 @@ def _mem(lab: Lab) -> Iterator[list[Way]]:
 def _plug_and_unplug(size: int, many: int, *, prealloc: bool = True) -> Figures:
     with Region(size, block_size=_BLOCK, backend=Memfd()) as region:
         device = VirtioMem(region, address=_ADDRESS, requested_size=size, prealloc=prealloc)
+        plugs, unplugs = _all_blocks(MemOperation.PLUG, size, many), _all_blocks(MemOperation.UNPLUG, size, many)
         watch = Watch()
-        _ask(device, MemOperation.PLUG, many)
+        answers = [device.handle(0, request) for request in plugs]
         plugged = watch.lap()
-        _ask(device, MemOperation.UNPLUG, many)
+        answers += [device.handle(0, request) for request in unplugs]
         unplugged = watch.lap()
+        _expect_acknowledged(answers)
         return {PLUG: _gib(size) / plugged, UNPLUG: _gib(size) / unplugged}
 
 
-def _ask(device: VirtioMem, operation: MemOperation, many: int) -> None:
-    """Asks for all blocks, so many at a time: lowest first, and highest first to unplug."""
-    addresses = range(_ADDRESS, _ADDRESS + device.region.size, many * _BLOCK)
-    room = ((0, MemResponse.SIZE),)
-    for address in addresses if operation is MemOperation.PLUG else reversed(addresses):
-        answer = device.handle(0, Element(MemRequest(operation, address, many).pack(), room))
-        _expect(MemResponse.unpack(answer).answer is MemAnswer.ACK, f"{operation.name} was refused")
+def _queued(size: int) -> Figures:
+    rates = {}
+    with Region(size, block_size=_BLOCK, backend=Memfd()) as region:
+        device = VirtioMem(region, address=_ADDRESS, requested_size=size)
+        for measure, operation in ((PLUG, MemOperation.PLUG), (UNPLUG, MemOperation.UNPLUG)):
+            with laid_out(_all_blocks(operation, size, 1), []) as (memory, rings):
+                queue = Queue(memory, rings, features=0, base=0)
+                watch = Watch()
+                answers = serve(device, queue)
+                rates[measure] = _gib(size) / watch.lap()
+                _expect_acknowledged(answers)
+    return rates
+
+
+def _all_blocks(operation: MemOperation, size: int, many: int) -> list[Element]:
+    """Requests for all blocks, so many at a time: lowest first, and highest first to unplug."""
+    addresses = range(_ADDRESS, _ADDRESS + size, many * _BLOCK)
+    ordered = addresses if operation is MemOperation.PLUG else reversed(addresses)
+    return [Element(MemRequest(operation, at, many).pack(), ((0, MemResponse.SIZE),)) for at in ordered]
+
+
+def _expect_acknowledged(answers: list[bytes]) -> None:
+    refused = [answer for answer in answers if MemResponse.unpack(answer).answer is not MemAnswer.ACK]
+    _expect(not refused, f"{len(refused)} requests were refused")
 
 
 def _bare_blocks(size: int, peers: Peers) -> Figures:
