@@ -566,12 +566,15 @@ def test_an_answer_without_room_puts_it_there_too(server: Server, guest: Guest, 
         assert rings[0].used_index() == 0
 
 
-def test_memory_that_is_truncated_underneath_is_no_crash(server: Server, guest: Guest, rings: list[Ring]) -> None:
+def test_memory_that_is_truncated_underneath_is_no_crash(
+    server: Server, guest: Guest, rings: list[Ring], caplog: pytest.LogCaptureFixture
+) -> None:
     with connected(server.path, guest, rings):
         os.ftruncate(guest.fd, 0)
         rings[0].notify()
         wait_for(lambda: server.backend.needs_reset)
         assert "truncated underneath" in server.backend.needs_reset
+        assert not any(record.exc_info for record in caplog.records), "it is no error of ours"
     os.ftruncate(guest.fd, guest.size)
     for ring in rings:
         ring.reset()
@@ -617,6 +620,41 @@ def test_a_driver_that_begins_anew_resets_the_device_once_and_a_pause_does_not(
         assert device.resets == 1
         assert device.negotiated[-1] == 1, "what it has accepted stands"
         assert rings[0].request(b"ab", 2) == b"ba"
+
+
+def test_a_queue_that_was_never_used_begins_at_nought_after_a_pause_too(
+    server: Server, device: Echo, guest: Guest, rings: list[Ring]
+) -> None:
+    with connected(server.path, guest, rings) as frontend:
+        rings[2].request(b"x", 1)
+        for _ in range(2):
+            bases = [frontend.stop_ring(i) for i in range(3)]
+            assert bases == [0, 0, 1]
+            frontend.start(rings, 0, bases)
+            assert device.resets == 0
+        for i in range(3):
+            frontend.stop_ring(i)
+        for ring in rings:
+            ring.reset()
+        frontend.start(rings, 0)
+        assert device.resets == 1, "the third queue tells: it had got further"
+
+
+def test_the_next_frontends_guest_is_a_new_one_if_its_rings_are(
+    server: Server, device: Echo, guest: Guest, rings: list[Ring]
+) -> None:
+    with connected(server.path, guest, rings):
+        rings[0].request(b"x", 1)
+    with contextlib.closing(Frontend(server.path)) as frontend:
+        frontend.introduce()
+        frontend.share([(guest.base, guest.size, guest.fd)])
+        frontend.start(rings, 0, [1, 0, 0])
+        assert device.resets == 0, "it has only connected again"
+        rings[0].request(b"x", 1)
+    for ring in rings:
+        ring.reset()
+    with connected(server.path, guest, rings):
+        assert device.resets == 1
 
 
 def test_a_request_that_is_kept_back_is_answered_from_any_thread(
