@@ -304,8 +304,12 @@ class Session:
 
     @property
     def notices(self) -> socket.socket | None:
-        """Where the frontend can be told of a changed configuration, while there is something to tell."""
-        wanted = self._backend.config_pending and self._protocol & Protocol.CONFIG
+        """Where the frontend can be told of a changed configuration, while there is something to tell.
+
+        And while a driver is at work: it reads the configuration before that, and QEMU 10.0 crashes
+        when it is told of a change while it still makes the device.
+        """
+        wanted = self._backend.config_pending and self._backend.running and self._protocol & Protocol.CONFIG
         return self._notices if wanted else None
 
     def notify(self) -> None:
