@@ -277,6 +277,7 @@ class Claim:
         tainted: Runs = EMPTY,
         healed: Runs = EMPTY,
         pending: Runs = EMPTY,
+        empty: Runs = EMPTY,
         close: bool = False,
     ) -> int:
         """Sets what came of it and gives the blocks back, all at once; the number of blocks changed.
@@ -287,9 +288,10 @@ class Claim:
             tainted: What is in an unknown state.
             healed: What is so no more.
             pending: Of `unplugged`, what is still to be discarded.
+            empty: Of `plugged`, what has no memory; `mark_pages` has made room to remember that.
             close: Close the map.
         """
-        lists = (plugged, unplugged, tainted, healed, pending)
+        lists = (plugged, unplugged, tainted, healed, pending, empty)
         outcome = ffi.new("sm_outcome *", (*(runs.array for runs in lists), *(runs.n for runs in lists)))
         return int(lib.sm_claim_finish(self._c, outcome, close))
 

@@ -199,11 +199,7 @@ class Plug(Operation):
         # Only now: a listener may use the memory at once.
         self._announcement = Announcement(core.listeners, "on_plug", new if core.listeners else ())
         self._announcement.tell()
-        changed = claim.finish(plugged=new)
-        if not self._populate:
-            # Afterwards, since a block that changes hands starts with none; who discards or
-            # populates pages of it meanwhile only makes an audit too lenient.
-            core.blocks.mark_pages(core.byte_runs([(first << core.shift, n << core.shift) for first, n in new]), True)
+        changed = claim.finish(plugged=new, empty=EMPTY if self._populate else new)
         core.tally.plugged(size, sum(work.calls for work in self._works), time.monotonic() - started)
         return changed
 

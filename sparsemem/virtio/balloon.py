@@ -177,8 +177,7 @@ class VirtioBalloon(Device):
             BalloonFeature.REPORTING: reporting,
         }
         self.features = sum(int(feature) for feature, on in wanted.items() if on)
-        self.negotiated = BalloonFeature(0)
-        self._queues = queue_names(0)
+        self._accept(0)
         self._listeners: tuple[BalloonListener, ...] = ()
         self._changed = threading.Condition()
         self._target = _pages(target, "target")
@@ -324,8 +323,13 @@ class VirtioBalloon(Device):
         if features & ~self.features:
             raise GuestError(f"feature bits {features & ~self.features:#x} of virtio-balloon were not offered")
         with self._changed:
-            self.negotiated = BalloonFeature(features)
-            self._queues = queue_names(features)
+            self._accept(features)
+
+    def _accept(self, features: int) -> None:
+        self.negotiated = BalloonFeature(features)
+        self._queues = queue_names(features)
+        # Whoever need not tell us first may use a page again while its neighbours still come.
+        self._waits = bool(features & BalloonFeature.MUST_TELL_HOST)
 
     def read_config(self) -> bytes:
         with self._changed:
@@ -366,8 +370,7 @@ class VirtioBalloon(Device):
     def reset(self, *, system: bool = False) -> None:
         """The balloon is empty for a driver that begins anew; the target stays."""
         with self._changed:
-            self.negotiated = BalloonFeature(0)
-            self._queues = queue_names(0)
+            self._accept(0)
             self._stats_held = False
             self._command = HINT_STOP
             self._guest_command = self._open_since = None
@@ -380,12 +383,10 @@ class VirtioBalloon(Device):
     # ---- requests -----------------------------------------------------------------------------------
 
     def _inflate(self, frames: Runs) -> None:
-        # Whoever need not tell us first may use a page again while its neighbours still come.
-        keep = bool(self.negotiated & BalloonFeature.MUST_TELL_HOST)
         with self.memory.table() as table:
             for entry, within in table.frames(frames):
                 partial = self._partial_of(table, entry)
-                whole = within if partial is None else partial.inflate(within, keep=keep)
+                whole = within if partial is None else partial.inflate(within, keep=self._waits)
                 self._discard(entry, whole.scaled(FRAME_SHIFT))
 
     def _deflate(self, frames: Runs) -> None:

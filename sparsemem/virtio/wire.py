@@ -184,8 +184,8 @@ def unpack_frames(data: bytes) -> Runs:
     if not data or len(data) % _NUMBER.size:
         raise GuestError(f"{len(data)} bytes are no array of 32-bit page frame numbers")
     n = len(data) // _NUMBER.size
-    out = ffi.new("sm_run[]", n)
-    return Runs(out, int(lib.sm_runs_of_frames(ffi.from_buffer(data), n, out)))
+    out, scratch = ffi.new("sm_run[]", n), ffi.new("uint32_t[]", 2 * n)
+    return Runs(out, int(lib.sm_runs_of_frames(ffi.from_buffer(data), n, scratch, out)))
 
 
 def pack_frames(frames: list[int]) -> bytes:

@@ -333,12 +333,12 @@ size_t sm_blocks_discarded_runs(sm_blocks *b, uint64_t from, uint64_t to, sm_run
     return n;
 }
 
-/* A block that changes hands starts with no page discarded. */
-static void forget_discarded(sm_blocks *b, const sm_run *runs, size_t n)
+/* A block that changes hands starts with no page discarded, or with all of them. */
+static void mark_blocks(sm_blocks *b, const sm_run *runs, size_t n, int discarded)
 {
     for (size_t i = 0; b->discarded && i < n; i++)
         sm_bits_fill(b->discarded, runs[i].first * b->pages_per_block,
-                     runs[i].count * b->pages_per_block, 0);
+                     runs[i].count * b->pages_per_block, discarded);
 }
 
 /* Blocks that start out plugged; before anything else uses the map. */
@@ -723,8 +723,9 @@ uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *o, int close_map)
             fill(b->pending, &b->npending, o->tainted, o->ntainted, 0);
         }
         fill(b->pending, &b->npending, o->pending, o->npending, 1);
-        forget_discarded(b, o->plugged, o->nplugged);
-        forget_discarded(b, o->unplugged, o->nunplugged);
+        mark_blocks(b, o->plugged, o->nplugged, 0);
+        mark_blocks(b, o->unplugged, o->nunplugged, 0);
+        mark_blocks(b, o->empty, o->nempty, 1);
     }
     uint64_t down = before + up - b->nplugged;
     budget_settle(b, (up - down) * b->block_size - claim->charged);

@@ -17,7 +17,6 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
-#include <string.h>
 
 #include "internal.h"
 
@@ -54,8 +53,17 @@ static void install(void)
     sigaction(SIGBUS, &ours, &before);
 }
 
-/* A landing for what follows; false when it was reached by a fault. */
-#define GUARDED() (pthread_once(&once, install), sigsetjmp(landing, 0) == 0 ? (guarded = 1) : 0)
+/* A landing for what follows; false when it was reached by a fault.  A macro, since the
+ * function that sets a landing must not have returned when it is jumped to. */
+#define GUARDED() (pthread_once(&once, install), sigsetjmp(landing, 0) == 0 ? enter() : 0)
+
+/* The compiler must not move the access out from between these two. */
+static int enter(void)
+{
+    guarded = 1;
+    __asm__ volatile("" ::: "memory");
+    return 1;
+}
 
 static int leave(void)
 {

@@ -41,7 +41,7 @@ int sm_runs_aligned(const sm_run *runs, size_t nruns, uint64_t unit);
 size_t sm_runs_within(const sm_run *runs, size_t nruns, sm_run window, uint64_t base,
                       unsigned shift, sm_run *out);
 size_t sm_runs_widen(const sm_run *runs, size_t nruns, unsigned shift, sm_run *out);
-size_t sm_runs_of_frames(const void *frames, size_t n, sm_run *out);
+size_t sm_runs_of_frames(const void *frames, size_t n, uint32_t *scratch, sm_run *out);
 
 /* ---- bits: a bitmap in little-endian bit order ---------------------------- */
 
@@ -85,8 +85,8 @@ typedef struct sm_claim {
 } sm_claim;
 
 typedef struct {            /* what an operation has come to            */
-    const sm_run *plugged, *unplugged, *tainted, *healed, *pending;
-    size_t nplugged, nunplugged, ntainted, nhealed, npending;
+    const sm_run *plugged, *unplugged, *tainted, *healed, *pending, *empty;
+    size_t nplugged, nunplugged, ntainted, nhealed, npending, nempty;
 } sm_outcome;
 
 typedef struct {
