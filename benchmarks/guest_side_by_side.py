@@ -69,7 +69,7 @@ def running(qemu: Qemu, way: Way) -> Iterator[tuple[QemuGuest, Devices]]:
 
 
 def warm() -> None:
-    """Has the host that this machine may run on give as much memory as is needed: the first use costs several times as much."""
+    """Uses as much memory as is needed, once: in a virtual machine the first use costs several times as much."""
     with Region(RAM + AMOUNT, backend=Memfd()) as region:
         region.plug(0, region.nblocks)
 

@@ -95,9 +95,6 @@ def run(guest: QemuGuest, devices: OurDevices) -> list[Sample]:
 
 def draw(samples: list[Sample], target: Path) -> None:
     """Memory over time, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     def curve(name: str) -> list[float]:
@@ -123,6 +120,9 @@ def draw(samples: list[Sample], target: Path) -> None:
 
 
 def main() -> None:
+    import matplotlib  # here, so that what is missing is missed before the work
+
+    matplotlib.use("Agg")
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "elastic_vm.png").absolute()
     with (
         tempfile.TemporaryDirectory() as folder,
