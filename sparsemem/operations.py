@@ -29,6 +29,7 @@ from sparsemem.errors import (
     DiscardError,
     OperationCancelledError,
     PopulateError,
+    ReserveError,
     Run,
     UnsupportedError,
 )
@@ -274,13 +275,15 @@ def populate_error(core: Core, errno: int, offset: int, populated: int) -> Popul
     )
 
 
-def discard_error(errno: int, block: int) -> DiscardError:
-    """The error of an unplug that failed on a block."""
+def discard_error(errno: int, block: int, *, intact: bool = False) -> DiscardError:
+    """The error of an unplug that failed on a block; `intact` if that is as it was."""
+    did, left = ("protect", "the others are as they were") if intact else ("discard", _TAINTED)
     return DiscardError(
-        errno,
-        f"cannot discard block {block}: {os.strerror(errno)}; "
-        "what was discarded before is unplugged, the blocks that it failed on are tainted",
+        errno, f"cannot {did} block {block}: {os.strerror(errno)}; what was discarded before is unplugged, {left}"
     )
+
+
+_TAINTED = "the blocks that it failed on are tainted"
 
 
 class Unplug(Operation):
@@ -336,7 +339,8 @@ class Unplug(Operation):
         try:
             self._work.run(self._control)
         except StepFailedError as failure:
-            raise discard_error(failure.errno, failure.offset >> core.shift) from None
+            intact = self._work.touched() == self._work.done()
+            raise discard_error(failure.errno, failure.offset >> core.shift, intact=intact) from None
         changed = claim.finish(unplugged=self._victims, healed=self._victims)
         if self._want is Want.PENDING_ONLY:
             core.tally.flushed(self._work.calls, time.monotonic() - started)
@@ -376,7 +380,7 @@ class Unplug(Operation):
         done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
         # All of a failed call's range: MADV_DONTNEED goes on past a hole and
         # still returns ENOMEM.
-        begun = to_blocks(work.begun(), shift)
+        begun = to_blocks(work.touched(), shift)
         return done, subtract(begun, done) if step_failed else []
 
 
@@ -424,6 +428,31 @@ def _flush_quietly(core: Core, deferral: Deferral) -> int:
     return 0
 
 
+def protect(core: Core, *, look: bool) -> None:
+    """Protects all blocks that start out unplugged; for a region that nobody else has yet.
+
+    Args:
+        core: The region's.
+        look: Whether to see first if there is the memory that this takes.
+
+    Raises:
+        ReserveError: The kernel refused, or there is not the memory.
+    """
+    if not core.mapping.protects:
+        return
+    runs = core.block_runs(list(core.blocks.runs(Map.PLUGGED, False)))
+    if look:
+        core.mapping.room_to_protect(runs.total << core.shift)
+    try:
+        core.work("protect", runs).run()
+    except StepFailedError as failure:
+        raise ReserveError(
+            failure.errno,
+            f"cannot protect block {failure.offset >> core.shift} (protection={core.mapping.protection!r}): "
+            f"{os.strerror(failure.errno)}",
+        ) from None
+
+
 def relieve(core: Core) -> bool:
     """Gives back what is not needed this moment, pending blocks and the warm pool; whether there was any."""
     given = 0 if core.deferral is None else _flush_quietly(core, core.deferral)
@@ -465,9 +494,8 @@ class Inner(Operation):
 
     def perform(self) -> int:
         core, claim, (offset, length) = self.core, self.claim, self._range
-        if self._operation == "discard":
+        if self._operation == "thin":
             require_discard(core.mapping)
-        if self._operation == "discard":
             # The map of such pages is made first: without it nothing may be discarded.
             core.blocks.mark_pages(0, 0, True)
         claim.take(Want.WITHIN_PLUGGED)
@@ -496,13 +524,13 @@ class Inner(Operation):
         assert self._work is not None
         page = self.core.mapping.page_size
         # A discard that failed may have done any part of its range: such pages may be absent, and that is no gap.
-        for first, count in self._work.begun() if self._operation == "discard" else self._work.done():
-            self.core.blocks.mark_pages(first // page, count // page, self._operation == "discard")
+        for first, count in self._work.begun() if self._operation == "thin" else self._work.done():
+            self.core.blocks.mark_pages(first // page, count // page, self._operation == "thin")
 
     def _explain(self, failure: StepFailedError) -> PopulateError | DiscardError:
         assert self._work is not None
         did, text = exact_size(self._work.bytes), os.strerror(failure.errno)
-        if self._operation == "discard":
+        if self._operation == "thin":
             done, begun = self._work.done(), self._work.begun()
             return DiscardError(
                 failure.errno,

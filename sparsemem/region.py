@@ -23,6 +23,7 @@ from sparsemem.audit import Audit
 from sparsemem.audit import audit as _audit
 from sparsemem.backends import Anonymous
 from sparsemem.backends.base import Backend, Mapping, Request
+from sparsemem.backends.protection import check_protection
 from sparsemem.bitmap import fit_code
 from sparsemem.blocks import BlockMap, Claim, Map, Want
 from sparsemem.budget import Budget
@@ -52,6 +53,7 @@ from sparsemem.operations import (
     execute,
     flush,
     plug_at_once,
+    protect,
     refill,
     require_discard,
     resize,
@@ -116,6 +118,15 @@ class Region:
             Peers that share the memory see its content until then.
         reuse: What a block reads that is plugged again before its discard: "zero",
             or "keep" for whatever it held (or zero, if the discard came first).
+        protection: What keeps accesses off unplugged blocks.  "none": nothing, as in QEMU.
+            "trap": userfaultfd; an access is SIGBUS and a system call EFAULT, for no
+            memory at all, but without transparent huge pages.  Not on files on disks.
+            "guard": guard pages, SIGSEGV and EFAULT; they take page tables, 2 MiB for
+            each GiB of the region and 4 s for each TiB when it is made (measured).  Not on
+            hugetlb.  "prot_none": mprotect, SIGSEGV and EFAULT; works on all kernels and
+            mappings, but each run of plugged blocks is a mapping of its own then, of
+            which a process has 65530 (vm.max_map_count): an unplug that finds none left
+            is a `DiscardError` that has changed nothing.  See docs/hazards.md.
         warm: Bytes of populated memory held ready, whole blocks, which plugs move
             into place; filled now and by `refill()`, given back when memory runs
             out.  For private anonymous memory, where the kernel can move it.
@@ -143,6 +154,7 @@ class Region:
         headroom: str = "check",
         dump: bool = False,
         fork: str = "refuse",
+        protection: str = "none",
         threads: int | None = None,
         unplug_delay: float | None = None,
         reuse: str = "zero",
@@ -164,6 +176,12 @@ class Region:
         deferral = check_deferral(unplug_delay, reuse)
         if deferral is not None and fork == "inherit":
             raise ValueError("unplug_delay does not go with fork='inherit': late discards would hit the other's blocks")
+        self._protection = check_protection(protection)
+        if deferral is not None and protection != "none":
+            raise ValueError(
+                f"unplug_delay does not go with protection={protection!r}: "
+                "what is unplugged and still has its memory would not be protected"
+            )
         self._headroom = check_mode(headroom)
         self._backend = backend
         self._page_size = backend.page_size
@@ -208,6 +226,7 @@ class Region:
             fork=self._fork,
             dump=dump,
             name=self._name,
+            protection=self._protection,
             plugged=tuple((first * block, count * block) for first, count in given),
         )
 
@@ -220,6 +239,7 @@ class Region:
         found = [(first >> core.shift, count >> core.shift) for first, count in self._mapping.adopted]
         found = subtract(found, given)
         core.blocks.adopt(core.block_runs(found))
+        protect(core, look=self._headroom == "check")
         for offset, length in self._mapping.unpopulated:
             execute(self._inner("repopulate", offset, length, spend=not self._mapping.adopts_pages))
         self._mapping.settle()
@@ -620,7 +640,7 @@ class Region:
             DiscardError: The kernel failed.
             UnsupportedError: The backend cannot give memory back.
         """
-        operation = self._inner("discard", offset, length)
+        operation = self._inner("thin", offset, length)
         self._core.blocks.check_open()
         ((start, size),) = single(offset, length, self._size, "byte")
         warn_of_split(self._mapping, start, size, stacklevel=2)
@@ -1004,8 +1024,9 @@ class Region:
         state = "closed" if self._closed else f"{exact_size(self.plugged_size)} plugged"
         where = "" if self._closed or self._address is None else f", at {self._address:#x}"
         return (
-            f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, threads={self._threads}, "
-            f"name={self._name!r}), {state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
+            f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, "
+            f"protection={self._protection!r}, threads={self._threads}, name={self._name!r}), "
+            f"{state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
         )
 
 
@@ -1021,13 +1042,17 @@ def _deferrable(deferral: Deferral | None, mapping: Mapping) -> Deferral | None:
 def _reserve(backend: Backend, request: Request) -> Mapping:
     """The backend's mapping; whatever system call failed in it, the error is ours and says of what."""
     try:
-        return backend.reserve(request)
+        mapping = backend.reserve(request)
     except SparseMemError:
         raise
     except OSError as error:
         raise ReserveError(
             error.errno, f"cannot reserve {exact_size(request.size)} of {backend}: {error.strerror}"
         ) from error
+    if mapping.protection != request.protection:
+        mapping.abandon()
+        raise UnsupportedError(f"{backend} has no protection={request.protection!r}")
+    return mapping
 
 
 def _control(progress: Progress | None, cancel: threading.Event | None, deadline: float | None) -> Control:

@@ -12,6 +12,7 @@ from sparsemem.recipes import (
     RECIPES,
     STRATEGIES,
     TOUCH,
+    TRAP,
     UFFD_COPY,
     UFFD_ZEROPAGE,
     Kind,
@@ -28,19 +29,25 @@ def check_strategy(strategy: str) -> str:
     return strategy
 
 
-def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool) -> str:
+def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool, protection: str = "none") -> str:
     """The strategy by name; `auto` is the best that works here.
 
     Raises:
         UnsupportedError: The kernel or the kind of mapping has no such way.
     """
-    possible = RECIPES[kind].ways(huge=huge)
+    possible = RECIPES[kind].ways(huge=huge, protection=protection)
+    if protection == TRAP:
+        huge = False  # what fills memory that traps is the same for pages of all sizes
     if wanted == "auto":
         # Some kinds have no huge pages, whatever was asked for.
         return next(
             way
             for way in FASTEST[huge and bool(RECIPES[kind].huge)]
             if way in possible and not _missing(way, kind, calls)
+        )
+    if wanted not in possible and protection == TRAP:
+        raise UnsupportedError(
+            f"strategy {wanted!r} would itself be trapped: with protection='trap' only {', '.join(possible)}"
         )
     if wanted not in possible:
         pages = "huge" if huge else "small"

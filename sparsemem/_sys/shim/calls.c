@@ -137,6 +137,11 @@ int sm_madvise(uint64_t address, uint64_t length, int advice)
     return result(madvise((void *)(uintptr_t)address, length, advice));
 }
 
+int sm_protect(uint64_t address, uint64_t length, int access)
+{
+    return result(mprotect((void *)(uintptr_t)address, length, access));
+}
+
 int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length)
 {
     return result(fallocate(fd, mode, (off_t)offset, (off_t)length));

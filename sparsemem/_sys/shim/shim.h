@@ -133,7 +133,8 @@ enum {                      /* the steps that recipes are made of       */
     SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO,
     SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE,
     SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_MOVE,
-    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_COUNT
+    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_ZERO_PAGES, SM_STEP_GUARD, SM_STEP_UNGUARD,
+    SM_STEP_FORBID, SM_STEP_ALLOW, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
@@ -149,15 +150,23 @@ typedef struct {            /* the threads that work on one operation   */
     int active;             /* threads inside sm_advance()              */
 } sm_crew;
 
+enum {                      /* what a userfaultfd is for                */
+    SM_UFFD_FILL,           /* to fill memory, and nothing else         */
+    SM_UFFD_TRAP,           /* and to have SIGBUS where there is none   */
+    SM_UFFD_CATCH           /* and to be told of it instead             */
+};
+
 typedef struct {            /* a userfaultfd, of one process            */
+    int purpose;            /* set before it is opened                  */
     int fd;
     int pid;
     char *zeroes;           /* so many bytes of the zero page           */
-    uint64_t nzeroes;
+    uint64_t nzeroes;       /* set before it is opened, or a default    */
 } sm_uffd;
 
 int sm_uffd_open(sm_uffd *uffd);
 int64_t sm_uffd_register(const sm_uffd *uffd, uint64_t address, uint64_t length);
+int sm_uffd_unregister(const sm_uffd *uffd, uint64_t address, uint64_t length);
 void sm_uffd_close(sm_uffd *uffd);
 
 typedef struct {            /* populated pages, ready to be moved       */
@@ -199,6 +208,7 @@ typedef struct {
     uint64_t collapsed;     /* bytes that are huge, as a collapse says  */
     uint64_t failed_at;     /* offset of what a step failed on          */
     int failed;             /* the errno of a step that failed, or 0    */
+    int intact;             /* what it failed on is as it was           */
     unsigned nsteps;
     unsigned steps[6];
     sm_crew *crew;          /* NULL if one thread does all              */
@@ -241,6 +251,7 @@ int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable,
 int sm_reserve_placeholder(uint64_t address, uint64_t length);
 int sm_unmap(uint64_t address, uint64_t length);
 int sm_madvise(uint64_t address, uint64_t length, int advice);
+int sm_protect(uint64_t address, uint64_t length, int access);
 int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 int sm_memfd_create(const char *name, unsigned flags);
 int sm_memfd_secret(unsigned flags);
