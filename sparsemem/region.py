@@ -287,6 +287,11 @@ class Region:
         return self._mapping.fresh
 
     @property
+    def protection(self) -> str:
+        """What keeps accesses off unplugged blocks: "none", "trap", "guard" or "prot_none"."""
+        return self._protection
+
+    @property
     def name(self) -> str:
         """Its name in /proc/PID/maps, where the kernel can."""
         return self._name

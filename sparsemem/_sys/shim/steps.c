@@ -208,20 +208,6 @@ static int map_zero_pages(sm_job *job, char *at, uint64_t length)
 }
 
 /*
- * Takes all access to whole blocks away.  Who has as many mappings as vm.max_map_count
- * allows gets ENOMEM, perhaps with a part of it done: access is given back then, so that
- * it has changed nothing.
- */
-static int forbid(char *at, uint64_t length)
-{
-    int error = result(mprotect(at, length, PROT_NONE));
-
-    if (error)
-        mprotect(at, length, PROT_READ | PROT_WRITE);
-    return error;
-}
-
-/*
  * Moves pages that are ready, if there are enough; else the steps that follow do it all,
  * as for whoever finds the pool in use.  It comes before the reset: the kernel itself
  * refuses where there is anything in the target (EEXIST), a stray write or the zero page.
@@ -350,7 +336,7 @@ int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
     case SM_STEP_UNGUARD:
         return result(madvise(at, length, MADV_GUARD_REMOVE));
     case SM_STEP_FORBID:
-        return forbid(at, length);
+        return result(mprotect(at, length, PROT_NONE));
     case SM_STEP_ALLOW:
         return result(mprotect(at, length, PROT_READ | PROT_WRITE));
     default:
