@@ -347,6 +347,13 @@ class KernelMapping(Mapping):
             raise UnsupportedError(
                 f"a warm pool needs private anonymous memory: {self.kind.value} memory cannot be moved"
             )
+        if self.protection == GUARD and self.thp:
+            # The kernel splits a huge page that is moved to where a page table is, and zeroes are
+            # the zero page from then on: plugged, and without memory (measured on 6.18).
+            raise UnsupportedError(
+                "a warm pool of huge pages does not go with protection='guard': its page tables would have them "
+                "split; thp=False or another protection would do"
+            )
         if not probe.uffd_move(self._calls):
             raise UnsupportedError("a warm pool needs UFFDIO_MOVE (Linux 6.8), which does not work here")
         if self._uffd is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sparsemem._sys import probe
 from sparsemem._sys.calls import Calls
 from sparsemem.errors import UnsupportedError
@@ -37,17 +39,13 @@ def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool, protec
     """
     possible = RECIPES[kind].ways(huge=huge, protection=protection)
     if protection == TRAP:
-        huge = False  # what fills memory that traps is the same for pages of all sizes
+        return _choose_trapped(possible, wanted)
     if wanted == "auto":
         # Some kinds have no huge pages, whatever was asked for.
         return next(
             way
             for way in FASTEST[huge and bool(RECIPES[kind].huge)]
             if way in possible and not _missing(way, kind, calls)
-        )
-    if wanted not in possible and protection == TRAP:
-        raise UnsupportedError(
-            f"strategy {wanted!r} would itself be trapped: with protection='trap' only {', '.join(possible)}"
         )
     if wanted not in possible:
         pages = "huge" if huge else "small"
@@ -57,6 +55,17 @@ def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool, protec
     missing = _missing(wanted, kind, calls)
     if missing:
         raise UnsupportedError(f"strategy {wanted!r} does not work here: {missing}")
+    return wanted
+
+
+def _choose_trapped(possible: Mapping[str, object], wanted: str) -> str:
+    """Of those that fill memory which traps; that they work was tried with the trap (`probe.trap`)."""
+    if wanted == "auto":
+        return next(way for way in FASTEST[False] if way in possible)
+    if wanted not in possible:
+        raise UnsupportedError(
+            f"strategy {wanted!r} would itself be trapped: with protection='trap' only {', '.join(possible)}"
+        )
     return wanted
 
 
