@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import logging
 import threading
 import time
@@ -61,6 +62,7 @@ from sparsemem.operations import (
 )
 from sparsemem.runs import Runs, RunsInput, collect, index_of, single, subtract
 from sparsemem.statistics import Stats, Tally
+from sparsemem.stray import Catcher, StrayAccess, check_callback
 from sparsemem.units import Size, exact_size, parse_size
 from sparsemem.views import make_view
 from sparsemem.warm import Warm
@@ -127,6 +129,11 @@ class Region:
             mappings, but each run of plugged blocks is a mapping of its own then, of
             which a process has 65530 (vm.max_map_count): an unplug that finds none left
             is a `DiscardError` that has changed nothing.  See docs/hazards.md.
+        catch_stray: With protection="trap": called with a `StrayAccess` after each access to
+            an unplugged block, which is let through instead (system calls are EFAULT all
+            the same, and not told).  It runs in a thread of the region's, outside of all
+            locks; what it raises is logged.  An access is told once a page: what it leaves
+            there lets later ones pass, until the next plug of the block discards it.
         warm: Bytes of populated memory held ready, whole blocks, which plugs move
             into place; filled now and by `refill()`, given back when memory runs
             out.  For private anonymous memory, where the kernel can move it.
@@ -155,6 +162,7 @@ class Region:
         dump: bool = False,
         fork: str = "refuse",
         protection: str = "none",
+        catch_stray: Callable[[StrayAccess], object] | None = None,
         threads: int | None = None,
         unplug_delay: float | None = None,
         reuse: str = "zero",
@@ -177,6 +185,7 @@ class Region:
         if deferral is not None and fork == "inherit":
             raise ValueError("unplug_delay does not go with fork='inherit': late discards would hit the other's blocks")
         self._protection = check_protection(protection)
+        check_callback(catch_stray, protection)
         if deferral is not None and protection != "none":
             raise ValueError(
                 f"unplug_delay does not go with protection={protection!r}: "
@@ -193,8 +202,9 @@ class Region:
         ready = check_warm(warm, self._block_size)
         blocks = BlockMap(self.nblocks, self._block_size, self._page_size, budget)
         try:
+            self._catcher: Catcher | None = None
             blocks.adopt(given)  # before the backend touches anything, for the budget may refuse
-            self._mapping: Mapping = _reserve(backend, self._request(given, dump))
+            self._mapping: Mapping = _reserve(backend, self._request(given, dump, catch=catch_stray is not None))
             self._address = self._mapping.address
             self._core = Core(
                 mapping=self._mapping,
@@ -208,17 +218,21 @@ class Region:
             )
             refill(self._core)
             self._adopt(given)
+            if catch_stray is not None:
+                self._catcher = _catch(self._core, catch_stray)
             _fork.register(self._core)
             self._closed = False  # last: what is interrupted before was never open
         except BaseException:
             blocks.abandon()
+            if hasattr(self, "_catcher") and self._catcher is not None:
+                self._catcher.stop()
             if hasattr(self, "_core") and self._core.warm is not None:
                 self._core.warm.close()
             if hasattr(self, "_mapping"):
                 self._mapping.abandon()
             raise
 
-    def _request(self, given: Runs, dump: bool) -> Request:
+    def _request(self, given: Runs, dump: bool, *, catch: bool) -> Request:
         block = self._block_size
         return Request(
             size=self._size,
@@ -227,6 +241,7 @@ class Region:
             dump=dump,
             name=self._name,
             protection=self._protection,
+            catch=catch,
             plugged=tuple((first * block, count * block) for first, count in given),
         )
 
@@ -899,6 +914,7 @@ class Region:
     def stats(self) -> Stats:
         """Figures of this moment."""
         counts, block = self._core.blocks.counts(), self._block_size
+        strays, dropped = (0, 0) if self._catcher is None else self._catcher.counts()
         return Stats(
             size=self._size,
             plugged_size=counts.plugged * block,
@@ -908,6 +924,8 @@ class Region:
             busy_size=counts.busy * block,
             views=counts.pins,
             strategy=self._mapping.strategy,
+            strays=strays,
+            strays_dropped=dropped,
             **self._core.counts(),  # type: ignore[arg-type]
         )
 
@@ -973,6 +991,8 @@ class Region:
             with contextlib.suppress(RegionClosedError):
                 execute(Whole(self._core, self._core.listeners, "on_unplug", close=True, force=force))
             self._closed = True
+        if self._catcher is not None:
+            self._catcher.close()
         if self._core.warm is not None:
             self._core.warm.close()
         self._mapping.close()
@@ -1016,6 +1036,8 @@ class Region:
             self._closed = True
             self._core.blocks.abandon()
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            if self._catcher is not None:
+                self._catcher.stop()
             self._mapping.close()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -1033,6 +1055,17 @@ class Region:
             f"protection={self._protection!r}, threads={self._threads}, name={self._name!r}), "
             f"{state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
         )
+
+
+def _catch(core: Core, callback: Callable[[StrayAccess], object]) -> Catcher:
+    """Has the callback told of stray accesses from now on."""
+    try:
+        watch = core.mapping.watch(core.blocks.plugged_words, core.shift, core.blocks.c)
+        return Catcher(watch, core.shift, callback)
+    except OSError as error:
+        raise ReserveError(error.errno, f"no thread can be had for catch_stray: {error.strerror}") from error
+    except RuntimeError as error:  # Python's own word for it
+        raise ReserveError(errno.EAGAIN, f"no thread can be had for catch_stray: {error}") from error
 
 
 def _deferrable(deferral: Deferral | None, mapping: Mapping) -> Deferral | None:

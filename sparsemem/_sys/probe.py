@@ -164,10 +164,20 @@ def trap(calls: Calls) -> bool:
     return _traps(calls, _PRIVATE, uffd.COPY) and _traps(calls, _SHARED, uffd.ZEROPAGE)
 
 
-def _traps(calls: Calls, flags: int, way: int) -> bool:
+@_remembered
+def catch(calls: Calls) -> bool:
+    """Whether a userfaultfd tells of them instead.
+
+    And whether a page can be poisoned (UFFDIO_POISON, Linux 6.6): what else could be done with an
+    access for which there is no memory?
+    """
+    return all(_traps(calls, flags, uffd.POISON, uffd.Purpose.CATCH) for flags in (_PRIVATE, _SHARED))
+
+
+def _traps(calls: Calls, flags: int, way: int, purpose: uffd.Purpose = uffd.Purpose.TRAP) -> bool:
     address = calls.reserve(PAGE_SIZE, PAGE_SIZE, flags, -1, writable=True, locked=False)
     try:
-        found = uffd.Userfaultfd(calls, uffd.Purpose.TRAP)
+        found = uffd.Userfaultfd(calls, purpose)
         return way in found.register(address, PAGE_SIZE) and not _accessible(address)
     except OSError as error:
         if error.errno in (*_REFUSALS, errno.EOPNOTSUPP):

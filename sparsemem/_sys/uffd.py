@@ -16,7 +16,7 @@ from sparsemem._sys import ffi, lib
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.files import PAGE_SIZE
 
-COPY, ZEROPAGE, MOVE = 3, 4, 5
+COPY, ZEROPAGE, MOVE, POISON = 3, 4, 5, 8
 """What may be done with a registered range: numbers of bits, as of the ioctls (linux/userfaultfd.h)."""
 
 
@@ -56,7 +56,7 @@ class Userfaultfd:
             OSError: EBUSY where somebody else's userfaultfd has it.
         """
         mask = self.calls.register(self.c, address, length)
-        return {bit for bit in (COPY, ZEROPAGE, MOVE) if mask >> bit & 1}
+        return {bit for bit in (COPY, ZEROPAGE, MOVE, POISON) if mask >> bit & 1}
 
     def release(self, address: int, length: int) -> None:
         """Lets a range go that is still mapped, and whoever waits in it; for one that traps.

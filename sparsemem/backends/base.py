@@ -16,6 +16,7 @@ from attrs import frozen
 
 from sparsemem._sys import lib
 from sparsemem._sys.files import PAGE_SIZE
+from sparsemem._sys.stray import Watch
 from sparsemem.errors import Cause, Run, UnsupportedError
 
 
@@ -30,6 +31,8 @@ class Request:
     name: str = "sparsemem"
     protection: str = "none"
     """What keeps accesses off unplugged blocks; a backend that has no such thing says so by `Mapping.protection`."""
+    catch: bool = False
+    """Whether `Mapping.watch` is going to be asked for what the protection "trap" catches."""
 
     plugged: tuple[Run, ...] = ()
     """Byte runs that hold data already and that the caller takes over."""
@@ -204,6 +207,14 @@ class Mapping(abc.ABC):
 
     def after_fork_in_child(self) -> None:  # noqa: B027 - a hook
         """Called in a forked child, which may use the memory only if `fork_inherits`."""
+
+    def watch(self, plugged: Any, shift: int, keeps: Any) -> Watch:
+        """A thread that resolves accesses to what is not there, and notes those to blocks that are not plugged.
+
+        Raises:
+            OSError: It cannot be had.
+        """
+        raise NotImplementedError
 
     def room_to_protect(self, length: int) -> None:  # noqa: B027 - a hook
         """Sees to it that there is memory for the protection of so many bytes, where that takes some.

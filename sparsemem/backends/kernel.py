@@ -22,6 +22,7 @@ from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem._sys.inheritance import keep_place
+from sparsemem._sys.stray import Watch
 from sparsemem._sys.uffd import Userfaultfd
 from sparsemem.backends.advice import refusal
 from sparsemem.backends.base import Limit, Mapping, Request
@@ -133,7 +134,10 @@ class KernelMapping(Mapping):
         # Not where something stands in the kernel's place: that must see every call.
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
         self.protection = check_protection(request.protection)
-        require_protection(self._calls, area.kind, area.page_size, self.protection, area.thp)
+        self._catches = request.catch
+        require_protection(self._calls, area.kind, area.page_size, self.protection, thp=area.thp, catch=self._catches)
+        # What a stray access found no memory for is poisoned, and only MADV_DONTNEED heals that.
+        self._heals = request.catch and Step.DONTNEED not in self.recipe.discard
         self.protects = bool(PROTECTIONS[self.protection].protect)
         self._request = request
         self._numa_node = area.numa_node
@@ -184,6 +188,12 @@ class KernelMapping(Mapping):
         adopted = area.adopt()
         self.adopted, self.unpopulated = adopted.blocks, adopted.missing
         self.adopts_pages = self.recipe.evidence is Evidence.MAPPED_PAGES
+
+    def watch(self, plugged: Any, shift: int, keeps: Any) -> Watch:
+        assert self._uffd is not None
+        # The zero page where private memory can have it; shared memory gets a page, as by any fault.
+        zero_page = self.page_size == PAGE_SIZE
+        return Watch(self._uffd, plugged, shift, self._address, self.page_size, zero_page=zero_page, keeps=keeps)
 
     def room_to_protect(self, length: int) -> None:
         if self.protection != GUARD or self._surroundings is None:
@@ -264,7 +274,8 @@ class KernelMapping(Mapping):
     def _arm(self) -> None:
         """Traps all that is missing, with a descriptor of the region's own: for a range there can be only one."""
         try:
-            self._uffd = Userfaultfd(self._calls, uffd.Purpose.TRAP, self.page_size)
+            purpose = uffd.Purpose.CATCH if self._catches else uffd.Purpose.TRAP
+            self._uffd = Userfaultfd(self._calls, purpose, self.page_size)
             self._uffd.register(self._address, self.size)
         except OSError as error:
             raise ReserveError(error.errno, f"userfaultfd does not trap in the mapping: {error.strerror}") from error
@@ -316,9 +327,8 @@ class KernelMapping(Mapping):
 
     def prepare(self, job: Any, operation: str) -> None:
         steps = {
-            "populate": self.recipe.populate(
-                self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection
-            ),
+            "populate": (Step.DONTNEED,) * self._heals
+            + self.recipe.populate(self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection),
             "repopulate": self.recipe.again(self.strategy, self.protection),
             "recycle": self.recipe.recycle(self.strategy),
             "discard": self.recipe.release(self.protection),
@@ -367,6 +377,7 @@ class KernelMapping(Mapping):
             name=f"{self._request.name}-warm"[:79],
             fork="refuse",
             protection="none",
+            catch=False,
             plugged=(),
         )
         area = Area(
@@ -442,7 +453,7 @@ class KernelMapping(Mapping):
 
     def _rearm_in_child(self, inherited: Userfaultfd) -> None:
         """A child's copy of the mapping traps nothing (measured on 6.18): one that it may use is armed anew."""
-        if not self.fork_inherits:
+        if not self.fork_inherits or self._catches:  # whose threads a child has not
             inherited.drop()
             return
         try:

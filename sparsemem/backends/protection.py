@@ -22,7 +22,9 @@ def check_protection(protection: str) -> str:
     return protection
 
 
-def require_protection(calls: Calls, kind: Kind, page_size: int, protection: str, thp: bool | None) -> None:
+def require_protection(
+    calls: Calls, kind: Kind, page_size: int, protection: str, *, thp: bool | None, catch: bool
+) -> None:
     """Sees to it that such a mapping can have the protection.
 
     Raises:
@@ -34,6 +36,8 @@ def require_protection(calls: Calls, kind: Kind, page_size: int, protection: str
     missing = refusal(calls, kind, page_size, protection)
     if missing:
         raise UnsupportedError(f"protection={protection!r} does not work on {kind.value}: {missing}")
+    if catch and not probe.catch(calls):
+        raise UnsupportedError("catch_stray does not work here: no userfaultfd with UFFDIO_POISON (Linux 6.6)")
 
 
 def refusal(calls: Calls, kind: Kind, page_size: int, protection: str) -> str:

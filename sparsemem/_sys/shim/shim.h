@@ -169,6 +169,29 @@ int64_t sm_uffd_register(const sm_uffd *uffd, uint64_t address, uint64_t length)
 int sm_uffd_unregister(const sm_uffd *uffd, uint64_t address, uint64_t length);
 void sm_uffd_close(sm_uffd *uffd);
 
+typedef struct {            /* an access to what was not there          */
+    uint64_t offset;        /* bytes                                    */
+    uint32_t thread;        /* as gettid()                              */
+    uint32_t write;
+} sm_stray;
+
+typedef struct {            /* what a thread watches                    */
+    const sm_uffd *uffd;    /* opened to catch                          */
+    const uint64_t *plugged;    /* accesses to these blocks are no news */
+    uint64_t base;          /* address of offset 0                      */
+    uint64_t page;          /* what is filled in at once                */
+    unsigned shift;         /* a block is 1 << shift bytes              */
+    int zeropage;           /* with UFFDIO_ZEROPAGE, not UFFDIO_COPY    */
+} sm_watched;
+
+typedef struct sm_watch sm_watch;
+
+sm_watch *sm_watch_new(const sm_watched *what, int *error);
+size_t sm_watch_wait(sm_watch *watch, sm_stray *out, size_t capacity);
+void sm_watch_counts(sm_watch *watch, uint64_t *caught, uint64_t *dropped);
+void sm_watch_stop(sm_watch *watch);
+void sm_watch_free(sm_watch *watch);
+
 typedef struct {            /* populated pages, ready to be moved       */
     char *base;
     uint64_t size;

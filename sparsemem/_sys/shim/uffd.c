@@ -20,6 +20,12 @@
 #ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 #define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
 #endif
+#ifndef UFFD_FEATURE_EXACT_ADDRESS
+#define UFFD_FEATURE_EXACT_ADDRESS (1 << 11)
+#endif
+#ifndef UFFD_FEATURE_POISON
+#define UFFD_FEATURE_POISON (1 << 14)
+#endif
 #ifndef UFFD_FEATURE_MOVE
 #define UFFD_FEATURE_MOVE (1 << 16)
 #endif
@@ -74,13 +80,18 @@ int sm_uffd_open(sm_uffd *u)
     if (u->purpose == SM_UFFD_FILL)
         wanted |= UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
     else
-        needed = u->purpose == SM_UFFD_TRAP ? UFFD_FEATURE_SIGBUS : UFFD_FEATURE_THREAD_ID;
+        needed = u->purpose == SM_UFFD_TRAP ? UFFD_FEATURE_SIGBUS
+                                            : UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_POISON;
     wanted |= needed;
+    if (u->purpose == SM_UFFD_CATCH)
+        wanted |= UFFD_FEATURE_EXACT_ADDRESS;   /* 5.18; else it is the page's */
     int fd = negotiate(wanted, &features);
 
     if (fd < 0)
         return fd;
-    if ((features & needed) != needed) {
+    if ((features & needed) != needed ||
+        /* Only such a one can be polled. */
+        (u->purpose == SM_UFFD_CATCH && fcntl(fd, F_SETFL, O_NONBLOCK))) {
         close(fd);
         return -EOPNOTSUPP;
     }
