@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -19,7 +21,6 @@ from attrs import frozen
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sparsemem import Memfd, Region, format_size
-from sparsemem.virtio.wire import GuestStats
 from tests.guest.ours import OurDevices
 from tests.guest.packages import PackagesMissingError, packages
 from tests.guest.qemu import RAM, Qemu, QemuGuest
@@ -29,26 +30,24 @@ LIMIT, STEP, SPARE = 2048 * MIB, 128 * MIB, 160 * MIB
 PEAKS = (300, 900, 500, 1300, 200)  # MiB that the work needs, one after the other
 
 
-def policy(stats: GuestStats, plugged: int) -> int:
-    """How much the guest should have plugged: for what it uses, and some more; shrinking waits until it is worth it."""
-    assert stats.total is not None
-    assert stats.available is not None
-    used, at_boot = stats.total - stats.available, stats.total - plugged
+def policy(lately: Sequence[int], total: int, plugged: int) -> int:
+    """How much the guest should have plugged: for the most that it used in the last seconds, and some more."""
+    used, at_boot = max(lately), total - plugged
     wanted = used + used // 8 + SPARE - at_boot
     wanted = min(max(-(-wanted // STEP) * STEP, 0), LIMIT)
-    if plugged - 2 * STEP < wanted < plugged:
-        return plugged
+    if plugged - STEP <= wanted < plugged:
+        return plugged  # not worth the guest's moving things about
     return wanted
 
 
-# The work: files in memory, 16 MiB at a time, up to each peak and down to a third of it.
+# The work: files in memory, 32 MiB at a time, up to each peak and down to a third of it.
 WORK = f"""
     n=0
-    for peak in {" ".join(str(peak // 16) for peak in PEAKS)}; do
-        while [ $n -lt $peak ]; do dd if=/dev/zero of=/tmp/$n bs=1M count=16; n=$((n + 1)); sleep 0.1; done
-        sleep 3
-        while [ $n -gt $((peak / 3)) ]; do n=$((n - 1)); rm /tmp/$n; sleep 0.05; done
-        sleep 3
+    for peak in {" ".join(str(peak // 32) for peak in PEAKS)}; do
+        while [ $n -lt $peak ]; do dd if=/dev/zero of=/tmp/$n bs=1M count=32; n=$((n + 1)); sleep 0.1; done
+        sleep 2
+        while [ $n -gt $((peak / 3)) ]; do n=$((n - 1)); rm /tmp/$n; sleep 0.1; done
+        sleep 2
     done
     touch /tmp/done
 """
@@ -69,6 +68,7 @@ class Sample:
 def run(guest: QemuGuest, devices: OurDevices) -> list[Sample]:
     """Lets the work run, and the policy with it."""
     samples: list[Sample] = []
+    lately: deque[int] = deque(maxlen=8)
     guest.run(f"({'; '.join(filter(None, map(str.strip, WORK.splitlines())))}) 2>/dev/null &".replace("do;", "do"))
     began = time.monotonic()
     while guest.run("[ -e /tmp/done ] && echo done", check=False) != "done\n":
@@ -76,20 +76,21 @@ def run(guest: QemuGuest, devices: OurDevices) -> list[Sample]:
         assert stats.total is not None
         assert stats.available is not None
         assert not stats.oom_kills, "the policy was too slow, or too mean"
-        wanted = policy(stats, devices.plugged())
+        lately.append(stats.total - stats.available)
+        wanted = policy(lately, stats.total, devices.plugged())
         if wanted != devices.mem.requested_size:
             devices.request(wanted)
         samples.append(
             Sample(
                 time=time.monotonic() - began,
                 total=stats.total,
-                used=stats.total - stats.available,
+                used=lately[-1],
                 requested=wanted,
                 plugged=devices.plugged(),
                 host=devices.backed() + devices.ram_backed(),
             )
         )
-        time.sleep(0.1)
+        time.sleep(0.2)
     return samples
 
 
@@ -108,8 +109,7 @@ def draw(samples: list[Sample], target: Path) -> None:
     axes.step(times, wanted, where="post", color="#f58518", linewidth=1.2, linestyle="--", label="wanted by the policy")
     axes.plot(times, curve("total"), color="#222222", linewidth=1.8, label="what the guest has")
     axes.plot(times, curve("host"), color="#54a24b", linewidth=1.5, label="memory of the host behind it")
-    axes.axhline(at_boot, color="#999999", linewidth=0.8, linestyle=":")
-    axes.annotate("at boot", (times[-1], at_boot), (-4, 3), textcoords="offset points", ha="right", color="#777777")
+    axes.axhline(at_boot, color="#777777", linewidth=1, linestyle=":", label="what it booted with")
     axes.set(title="A virtual machine whose memory follows its work", xlabel="seconds", ylabel="GiB")
     axes.set_xlim(0, times[-1])
     axes.set_ylim(0)
