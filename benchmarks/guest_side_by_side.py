@@ -46,7 +46,7 @@ $ python benchmarks/guest_side_by_side.py > benchmarks/GUEST.md
 QEMU emulates the guest's processor (no KVM), and the guest's own work is most of every figure. Each round boots a guest
 for each way: ours and QEMU's `virtio-mem-pci` and `virtio-balloon-pci`, with and without populating what is plugged
 (`prealloc`). The range is a shared memfd in both, in blocks of 2 MiB. All plugs and unplugs are of 256 MiB, from and to
-nothing, and so is the balloon. A figure is the median of {rounds} rounds (unplug, inflate and deflate: {twice}), with the
+nothing, and so is the balloon. A figure is the median of {rounds} rounds (unplug, inflate, deflate: {twice}), with the
 least and the most. The host's memory is used once before each measurement.
 
 {table}
