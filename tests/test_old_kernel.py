@@ -43,6 +43,14 @@ def become_old(scan: bool) -> None:
     )
 
 
+def bar(*numbers: int) -> None:
+    """Makes system calls EPERM in this process, as containers do."""
+    steps = [seccomp.load_number()]
+    for number in numbers:
+        steps += [seccomp.jump_unless(number, 1), seccomp.fail(errno.EPERM)]
+    seccomp.install([*steps, seccomp.allow()])
+
+
 def python(code: str, *, scan: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     environment.pop("SPARSEMEM_SKIP_POLICY", None)

@@ -575,6 +575,31 @@ def test_an_answer_without_room_puts_it_there_too(server: Server, guest: Guest, 
         assert rings[0].used_index() == 0
 
 
+def test_a_guest_that_never_ends_keeps_no_frontend_out_nor_the_other_way_round(
+    server: Server, device: Echo, guest: Guest, rings: list[Ring]
+) -> None:
+    data, going = guest.put(b"again"), True
+
+    def again(element: Element) -> None:
+        if going and element.data == b"again":
+            rings[0].offer(rings[0].chain([data]))
+
+    device.hook = again
+    with connected(server.path, guest, rings) as frontend:
+        rings[0].offer(rings[0].chain([data]))
+        rings[0].notify()
+        for _ in range(20):
+            assert frontend.config(8) == b"01234567"
+        assert rings[1].request(b"ab", 2) == b"ba"
+        going = False
+        assert len(device.handled) > 20
+        chatter = threading.Thread(target=lambda: [frontend.send(Request.SET_OWNER) for _ in range(20_000)])
+        chatter.start()
+        for _ in range(20):
+            assert rings[1].request(b"ab", 2) == b"ba"
+        chatter.join()
+
+
 def test_memory_that_is_truncated_underneath_is_no_crash(
     server: Server, guest: Guest, rings: list[Ring], caplog: pytest.LogCaptureFixture
 ) -> None:
