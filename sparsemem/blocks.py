@@ -126,6 +126,11 @@ class BlockMap:
         """The plugged bitmap, read-only and shared."""
         return share(lib.sm_blocks_plugged(self.c), self.nblocks, self.c)
 
+    @property
+    def plugged_words(self) -> Any:
+        """The plugged bitmap, as C has it; valid while `c` is referred to."""
+        return lib.sm_blocks_plugged(self.c)
+
     def check_open(self) -> None:
         """Raises what an operation would raise if the region is closed or was forked."""
         state = lib.sm_blocks_state(self.c)

@@ -29,12 +29,14 @@ from sparsemem.errors import (
     DiscardError,
     OperationCancelledError,
     PopulateError,
+    ReserveError,
     Run,
     UnsupportedError,
 )
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Announcement, Listener
 from sparsemem.quick import Quick, QuickFailedError
+from sparsemem.recipes import TRAP
 from sparsemem.runs import EMPTY, Runs, clip, join, subtract, to_blocks
 from sparsemem.statistics import Tally
 from sparsemem.units import exact_size
@@ -220,8 +222,10 @@ class Plug(Operation):
         """As if it were populated and discarded at once: nothing stray or pending may show."""
         core = self.core
         require_discard(core.mapping)
+        if core.mapping.protection == TRAP:
+            raise UnsupportedError("populate=False does not go with protection='trap': the first access would trap")
         core.blocks.mark_pages(EMPTY, True)
-        return [core.work("discard", new)]
+        return [core.work("empty", new)]
 
     def _spend(self, size: int) -> None:
         core = self.core
@@ -288,13 +292,15 @@ def populate_error(core: Core, errno: int, offset: int, populated: int) -> Popul
     )
 
 
-def discard_error(errno: int, block: int) -> DiscardError:
-    """The error of an unplug that failed on a block."""
+def discard_error(errno: int, block: int, *, intact: bool = False) -> DiscardError:
+    """The error of an unplug that failed on a block; `intact` if that is as it was."""
+    did, left = ("protect", "the others are as they were") if intact else ("discard", _TAINTED)
     return DiscardError(
-        errno,
-        f"cannot discard block {block}: {os.strerror(errno)}; "
-        "what was discarded before is unplugged, the blocks that it failed on are tainted",
+        errno, f"cannot {did} block {block}: {os.strerror(errno)}; what was discarded before is unplugged, {left}"
     )
+
+
+_TAINTED = "the blocks that it failed on are tainted"
 
 
 class Unplug(Operation):
@@ -350,7 +356,8 @@ class Unplug(Operation):
         try:
             self._work.run(self._control)
         except StepFailedError as failure:
-            raise discard_error(failure.errno, failure.offset >> core.shift) from None
+            intact = self._work.touched() == self._work.done()
+            raise discard_error(failure.errno, failure.offset >> core.shift, intact=intact) from None
         changed = claim.finish(unplugged=self._victims, healed=self._victims)
         if self._want is Want.PENDING_ONLY:
             core.tally.flushed(self._work.calls, time.monotonic() - started)
@@ -390,7 +397,7 @@ class Unplug(Operation):
         done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
         # All of a failed call's range: MADV_DONTNEED goes on past a hole and
         # still returns ENOMEM.
-        begun = to_blocks(work.begun(), shift)
+        begun = to_blocks(work.touched(), shift)
         return done, subtract(begun, done) if step_failed else []
 
 
@@ -438,6 +445,31 @@ def _flush_quietly(core: Core, deferral: Deferral) -> int:
     return 0
 
 
+def protect(core: Core, *, look: bool) -> None:
+    """Protects all blocks that start out unplugged; for a region that nobody else has yet.
+
+    Args:
+        core: The region's.
+        look: Whether to see first if there is the memory that this takes.
+
+    Raises:
+        ReserveError: The kernel refused, or there is not the memory.
+    """
+    if not core.mapping.protects:
+        return
+    runs = core.block_runs(list(core.blocks.runs(Map.PLUGGED, False)))
+    if look:
+        core.mapping.room_to_protect(runs.total << core.shift)
+    try:
+        core.work("protect", runs).run()
+    except StepFailedError as failure:
+        raise ReserveError(
+            failure.errno,
+            f"cannot protect block {failure.offset >> core.shift} (protection={core.mapping.protection!r}): "
+            f"{os.strerror(failure.errno)}",
+        ) from None
+
+
 def relieve(core: Core) -> bool:
     """Gives back what is not needed this moment, pending blocks and the warm pool; whether there was any."""
     given = 0 if core.deferral is None else _flush_quietly(core, core.deferral)
@@ -471,7 +503,7 @@ class Inner(Operation):
     Args:
         core: The region's.
         runs: Byte runs of whole pages.
-        operation: "discard" or "repopulate".
+        operation: "thin", which discards, or "repopulate".
         strict: Refuse blocks that are not plugged, or tainted; else they are left out.
         spend: Whether it counts against the headroom.
     """
@@ -486,7 +518,7 @@ class Inner(Operation):
 
     def perform(self) -> int:
         core, claim = self.core, self.claim
-        if self._operation == "discard":
+        if self._operation == "thin":
             require_discard(core.mapping)
             # The map of such pages is made first: without it nothing may be discarded.
             core.blocks.mark_pages(EMPTY, True)
@@ -501,7 +533,7 @@ class Inner(Operation):
             self._work.run()
         except StepFailedError as failure:
             raise self._explain(failure) from None
-        core.blocks.mark_pages(self._runs, self._operation == "discard")
+        core.blocks.mark_pages(self._runs, self._operation == "thin")
         claim.finish()
         return size
 
@@ -526,7 +558,7 @@ class Inner(Operation):
 
     def _mark(self) -> None:
         assert self._work is not None
-        discards = self._operation == "discard"
+        discards = self._operation == "thin"
         # A discard that failed may have done any part of its range: such pages may be absent, and that is no gap.
         runs = self._work.begun() if discards else self._work.done()
         self.core.blocks.mark_pages(self.core.byte_runs(runs), discards)
@@ -534,7 +566,7 @@ class Inner(Operation):
     def _explain(self, failure: StepFailedError) -> PopulateError | DiscardError:
         assert self._work is not None
         did, text = exact_size(self._work.bytes), os.strerror(failure.errno)
-        if self._operation == "discard":
+        if self._operation == "thin":
             done, begun = self._work.done(), self._work.begun()
             return DiscardError(
                 failure.errno,

@@ -180,7 +180,7 @@ LAYERS = [
     {"advice"},
     {"operations", "fork"},
     {"quick", "warm"},
-    {"audit", "views", "listeners", "headroom", "engine", "statistics", "deferral"},
+    {"audit", "views", "listeners", "headroom", "engine", "statistics", "deferral", "stray"},
     {"blocks", "geometry", "workers"},
     {"budget", "backends"},
     {"recipes", "bitmap", "runs"},

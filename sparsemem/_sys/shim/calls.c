@@ -185,6 +185,11 @@ int sm_write_memory(uint64_t address, const void *data, uint64_t length)
     return copy_all(1, address, (char *)(uintptr_t)data, length);
 }
 
+int sm_protect(uint64_t address, uint64_t length, int access)
+{
+    return result(mprotect((void *)(uintptr_t)address, length, access));
+}
+
 int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length)
 {
     return result(fallocate(fd, mode, (off_t)offset, (off_t)length));

@@ -141,7 +141,8 @@ enum {                      /* the steps that recipes are made of       */
     SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO,
     SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE,
     SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_MOVE,
-    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_COUNT
+    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_ZERO_PAGES, SM_STEP_GUARD, SM_STEP_UNGUARD,
+    SM_STEP_FORBID, SM_STEP_ALLOW, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
@@ -157,16 +158,47 @@ typedef struct {            /* the threads that work on one operation   */
     int active;             /* threads inside sm_advance()              */
 } sm_crew;
 
+enum {                      /* what a userfaultfd is for                */
+    SM_UFFD_FILL,           /* to fill memory, and nothing else         */
+    SM_UFFD_TRAP,           /* and to have SIGBUS where there is none   */
+    SM_UFFD_CATCH           /* and to be told of it instead             */
+};
+
 typedef struct {            /* a userfaultfd, of one process            */
+    int purpose;            /* set before it is opened                  */
     int fd;
     int pid;
     char *zeroes;           /* so many bytes of the zero page           */
-    uint64_t nzeroes;
+    uint64_t nzeroes;       /* set before it is opened, or a default    */
 } sm_uffd;
 
 int sm_uffd_open(sm_uffd *uffd);
 int64_t sm_uffd_register(const sm_uffd *uffd, uint64_t address, uint64_t length);
+int sm_uffd_unregister(const sm_uffd *uffd, uint64_t address, uint64_t length);
 void sm_uffd_close(sm_uffd *uffd);
+
+typedef struct {            /* an access to what was not there          */
+    uint64_t offset;        /* bytes                                    */
+    uint32_t thread;        /* as gettid()                              */
+    uint32_t write;
+} sm_stray;
+
+typedef struct {            /* what a thread watches                    */
+    const sm_uffd *uffd;    /* opened to catch                          */
+    const uint64_t *plugged;    /* accesses to these blocks are no news */
+    uint64_t base;          /* address of offset 0                      */
+    uint64_t page;          /* what is filled in at once                */
+    unsigned shift;         /* a block is 1 << shift bytes              */
+    int zeropage;           /* with UFFDIO_ZEROPAGE, not UFFDIO_COPY    */
+} sm_watched;
+
+typedef struct sm_watch sm_watch;
+
+sm_watch *sm_watch_new(const sm_watched *what, int *error);
+size_t sm_watch_wait(sm_watch *watch, sm_stray *out, size_t capacity);
+void sm_watch_counts(sm_watch *watch, uint64_t *caught, uint64_t *dropped);
+void sm_watch_stop(sm_watch *watch);
+void sm_watch_free(sm_watch *watch);
 
 typedef struct {            /* populated pages, ready to be moved       */
     char *base;
@@ -207,6 +239,7 @@ typedef struct {
     uint64_t collapsed;     /* bytes that are huge, as a collapse says  */
     uint64_t failed_at;     /* offset of what a step failed on          */
     int failed;             /* the errno of a step that failed, or 0    */
+    int intact;             /* what it failed on is as it was           */
     unsigned nsteps;
     unsigned steps[6];
     sm_crew *crew;          /* NULL if one thread does all              */
@@ -256,6 +289,7 @@ int sm_unmap(uint64_t address, uint64_t length);
 int sm_madvise(uint64_t address, uint64_t length, int advice);
 int sm_read_memory(uint64_t address, void *out, uint64_t length);
 int sm_write_memory(uint64_t address, const void *data, uint64_t length);
+int sm_protect(uint64_t address, uint64_t length, int access);
 int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 int sm_memfd_create(const char *name, unsigned flags);
 int sm_memfd_secret(unsigned flags);
