@@ -320,16 +320,16 @@ class Backend:
     def save(self) -> bool:
         """Writes the state file, if there is one; False if that failed, and then nothing may be answered.
 
-        An answer without content that left the state as it was needs no record: done again it
-        comes to the same (a balloon's pages, which the guest does not use before the answer).
+        A request that left the state as it was needs no record: done again it comes to the same, or
+        to what is right then (a balloon's pages, a question, what is refused).
         """
         if self.journal is None:
             return True
-        state, last = self.device.save(), self._last
-        if state == self._recorded and (last is None or not last.answer):
+        state = self.device.save()
+        if state == self._recorded:
             return True
         try:
-            self.journal.record(state, last)
+            self.journal.record(state, self._last)
         except OSError as error:
             trouble = f"{self.journal.path}: {error.strerror}: requests wait until it can be written"
             if trouble != self.trouble:
