@@ -85,8 +85,9 @@ def start(qemu: Qemu, vhost_user_device: tuple[str, list[str]]) -> Iterator[Call
     with ExitStack() as stack:
 
         def begin(served: Served) -> QemuGuest:
-            arguments = served.arguments.replace("vhost-user-device-pci", name)
-            return stack.enter_context(qemu.start(*creatable, *shlex.split(arguments), memory=()))
+            program, *arguments = shlex.split(served.arguments.replace("vhost-user-device-pci", name))
+            assert program == "qemu-system-x86_64"
+            return stack.enter_context(qemu.start(*creatable, *arguments, memory=()))
 
         yield begin
 
