@@ -40,8 +40,12 @@ class Qmp:
         connection.settimeout(WATCHDOG)
         self._connection = connection
         self._lines = connection.makefile("rb")
-        self._next()  # the greeting
-        self.command("qmp_capabilities")
+        try:
+            self._next()  # the greeting
+            self.command("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def command(self, name: str, **arguments: object) -> Any:
         """Executes a command and returns its answer; arguments with a `-` in their names are written with `_`."""
@@ -90,9 +94,7 @@ class QemuGuest(Guest):
         try:
             self.qmp = Qmp(qmp)
         except (StuckError, OSError):
-            self.process.kill()
-            self.process.wait()
-            qmp.close()
+            super().close()
             raise StuckError(f"QEMU does not start: {self.log.read_text()}") from None
 
     def close(self) -> None:
