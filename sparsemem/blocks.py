@@ -46,6 +46,7 @@ class Want(enum.IntEnum):
     WITHIN_PLUGGED = lib.SM_WITHIN_PLUGGED
     TAINTED_ONLY = lib.SM_TAINTED_ONLY
     PENDING_ONLY = lib.SM_PENDING_ONLY
+    AS_IT_IS = lib.SM_AS_IT_IS
     WHOLE = lib.SM_WHOLE
 
 
@@ -300,6 +301,7 @@ _VERBS = {
     Want.WITHIN_PLUGGED: "use",
     Want.TAINTED_ONLY: "scrub",
     Want.PENDING_ONLY: "flush",
+    Want.AS_IT_IS: "save",
     Want.WHOLE: "close",
 }
 

@@ -177,7 +177,14 @@ class ListenerVetoError(SparseMemError, RuntimeError):
 
 
 class SnapshotError(SparseMemError, ValueError):
-    """A snapshot file is not what it should be."""
+    """A snapshot is not what it should be: cut off, corrupted, foreign, newer, or not for this region."""
+
+
+class SnapshotIOError(OSError, SnapshotError):  # OSError first, which takes errno out of the arguments
+    """A snapshot could not be written or read; `errno` is the kernel's own.
+
+    After a failed save the file that had the name before is as it was.
+    """
 
 
 class _StoppedError(SparseMemError):

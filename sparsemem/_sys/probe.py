@@ -16,7 +16,7 @@ from collections.abc import Callable
 from sparsemem._sys import ffi, lib, uffd
 from sparsemem._sys.calls import Calls, check
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
-from sparsemem._sys.residency import page_cache, private_scan
+from sparsemem._sys.residency import page_cache, private_scan, written_pages
 
 # What an unknown or forbidden advice gives, and EAGAIN, ENOMEM and EBUSY what a collapse
 # gives for want of a huge page (madvise(2)).
@@ -152,6 +152,28 @@ def uffd_move(calls: Calls) -> bool:
 def uffd_shmem(calls: Calls) -> bool:
     """Whether shared memory can be filled with UFFDIO_ZEROPAGE and UFFDIO_COPY (as we register it: Linux 5.19)."""
     return _fills(calls, uffd.ZEROPAGE, lib.MAP_SHARED | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE)
+
+
+@_remembered
+def tracks_writes(calls: Calls) -> bool:
+    """Whether the kernel tells which pages were written to (UFFD_FEATURE_WP_ASYNC and PAGEMAP_SCAN: Linux 6.7)."""
+    address = calls.reserve(PAGE_SIZE, PAGE_SIZE, _PRIVATE, -1, writable=True, locked=False)
+    try:
+        found = uffd.shared(calls)  # in a variable, since it goes with the last who refers to it
+        found.register(address, PAGE_SIZE)
+        byte = ffi.cast("unsigned char *", address)
+        told = []
+        for write in (True, False, True):
+            if write:
+                byte[0] = 1
+            told.append(bool(written_pages(address, PAGE_SIZE)))
+        return told == [True, False, True]
+    except OSError as error:
+        if error.errno in (*_REFUSALS, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOENT, errno.EACCES):
+            return False
+        raise
+    finally:
+        calls.unmap(address, PAGE_SIZE)
 
 
 @_remembered

@@ -23,7 +23,10 @@ from sparsemem._sys.files import PAGE_SIZE
 Extent = tuple[int, int]
 
 # Categories of PAGEMAP_SCAN: include/uapi/linux/fs.h, PAGE_IS_*.
-_FILE, _PRESENT, _SWAPPED, _PFNZERO, _HUGE = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6
+_WRITTEN, _FILE, _PRESENT, _SWAPPED, _PFNZERO, _HUGE = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6
+
+# And its flags, PM_SCAN_*: protect what matched, and fail where nobody would be told of writes.
+_PROTECT, _ONLY_ASYNC = 1 << 0, 1 << 1
 
 _ROOM = 512
 _NOT_THERE = (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -95,8 +98,25 @@ def huge_pages(address: int, length: int) -> list[Extent] | None:
         return None
 
 
-def _scan(address: int, length: int, *, any_of: int = 0, all_of: int = 0, none_of: int = 0) -> list[Extent]:
-    what = ffi.new("sm_scan *", (any_of, all_of, none_of))
+def written_pages(address: int, length: int) -> list[Extent]:
+    """Pages that were written to since the last call; from now on they count as not written.
+
+    Of memory that is registered with a userfaultfd of WP_ASYNC (6.7): each page is protected, and
+    the kernel takes the protection off as the page is written to.  One step, so that no
+    write can fall between the look and the protection.  What was never looked at, or is
+    not there, counts as written; but a page that was discarded in a *file* need not:
+    the kernel keeps its mark (measured on 6.18).
+
+    Raises:
+        OSError: EPERM where the memory is not registered so, ENOTTY before 6.7.
+    """
+    return _scan(address, length, all_of=_WRITTEN, flags=_PROTECT | _ONLY_ASYNC)
+
+
+def _scan(
+    address: int, length: int, *, any_of: int = 0, all_of: int = 0, none_of: int = 0, flags: int = 0
+) -> list[Extent]:
+    what = ffi.new("sm_scan *", (any_of, all_of, none_of, flags))
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return [(s - address, n) for s, n in _walk(_bind(lib.sm_pagemap_scan, fd, what), address, address + length)]
@@ -123,14 +143,22 @@ def shared_anonymous(calls: Calls, address: int, size: int, offset: int, length:
     Who may (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE) opens the file behind the
     mapping, where SEEK_DATA jumps over what is not there; else it is mincore.
     """
+    found = shared_anonymous_data(calls, address, size, offset, length)
+    if found is not None:
+        yield from found
+        return
+    for start, size in page_cache(address + offset, length):
+        yield offset + start, size
+
+
+def shared_anonymous_data(calls: Calls, address: int, size: int, offset: int, length: int) -> list[Extent] | None:
+    """The same with swapped pages surely included; None if one may not see it."""
     try:
         fd = os.open(f"/proc/self/map_files/{address:x}-{address + size:x}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # not allowed, or something has split the mapping
-        for start, found in page_cache(address + offset, length):
-            yield offset + start, found
-        return
+        return None
     try:
-        yield from file_data(calls, fd, offset, offset + length)
+        return list(file_data(calls, fd, offset, offset + length))
     finally:
         os.close(fd)
 

@@ -46,7 +46,7 @@ _EHWPOISON = getattr(errno, "EHWPOISON", 133)  # not in the errno module of ever
 
 
 class Surroundings:
-    """The limits of one mapping."""
+    """The limits of one mapping of `size` bytes, which begins at byte `start` of its file."""
 
     def __init__(
         self,
@@ -57,8 +57,10 @@ class Surroundings:
         fd: Descriptor | None,
         size: int,
         numa_node: int | None = None,
+        start: int = 0,
     ) -> None:
         self._node = numa_node
+        self._start = start
         self._size = size
         self._calls = calls
         self._files = files
@@ -185,6 +187,6 @@ class Surroundings:
         # Anywhere in the chunk that failed, of which the errno does not tell the page.
         end = min(self._size, offset + max(self._page_size, _CHUNK))
         try:
-            return self._calls.fstat(self._fd.fd).st_size < end
+            return self._calls.fstat(self._fd.fd).st_size < self._start + end
         except OSError:
             return False

@@ -30,12 +30,17 @@ from sparsemem.backends.numa import bind
 from sparsemem.backends.strategies import UFFD, check_strategy, choose_strategy
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
 from sparsemem.recipes import ADVICE, POPULATE_WRITE, RECIPES, Evidence, Inheritance, Kind, Step
+from sparsemem.runs import join
 from sparsemem.units import exact_size
 
 _log = logging.getLogger("sparsemem")
 
 STEP_CODES = {step: getattr(lib, f"SM_STEP_{step.name}") for step in Step}
 
+
+# What a snapshot reads through the descriptor: a hole of a file reads zero and stays one,
+# where touching it would give it a page.
+_READABLE = (Kind.SHMEM_SHARED, Kind.HUGETLB_SHARED, Kind.DISK_SHARED)
 
 _NO_TOTAL = (Kind.TEMPLATE, Kind.SECRET, Kind.DISK_SHARED, Kind.DISK_PRIVATE)
 
@@ -82,6 +87,8 @@ class Area:
     flags: int
     page_size: int
     fd: Descriptor | None = None
+    offset: int = 0
+    """Where in the file block 0 is; only of a template, since all else is punched at the block's offset."""
     writable: bool = True
     adopt: Callable[[], Adopted] | None = None
     """Makes an existing file fit, and says what it holds; loses nothing."""
@@ -124,6 +131,10 @@ class KernelMapping(Mapping):
         self._warm: Any = ffi.NULL
         self._vectored = self.page_size == PAGE_SIZE and probe.vectored(self._calls)
         self._fd = area.fd
+        self._offset = area.offset
+        self.confidential = area.kind is Kind.SECRET
+        if area.fd is not None and area.kind in _READABLE:
+            self.readable = area.fd.fd
         self._unlink = area.unlink
         self._created = area.created
         self._discard = area.discard
@@ -142,7 +153,7 @@ class KernelMapping(Mapping):
             self._register(strategy)
             self._advise(request)
             self._surroundings = Surroundings(
-                self._calls, files, area.kind, area.page_size, area.fd, self.size, area.numa_node
+                self._calls, files, area.kind, area.page_size, area.fd, self.size, area.numa_node, area.offset
             )
             self._adopt(area, request)
         except BaseException:
@@ -203,6 +214,7 @@ class KernelMapping(Mapping):
                 fd,
                 writable=area.writable,
                 locked=area.kind is Kind.SECRET,
+                offset=area.offset,
             )
         except OSError as error:
             raise ReserveError(
@@ -335,6 +347,45 @@ class KernelMapping(Mapping):
             return residency.file_extents(calls, self.fileno(), offset, offset + length)
         return None
 
+    def contents(self, offset: int, length: int) -> list[Run] | None:
+        found: list[Run] | None = None
+        # Without /proc nobody can tell.
+        with contextlib.suppress(OSError):
+            if self.recipe.evidence is Evidence.PRIVATE_PAGES:
+                found = list(_shifted(residency.private_pages(self._address + offset, length), offset))
+                # Where there is no page of one's own, the file shows through.  A hugetlb file
+                # calls all of itself data, and nobody writes to it but through a mapping.
+                if self._fd is not None and self.kind is not Kind.HUGETLB_PRIVATE:
+                    start = self._offset + offset
+                    data = residency.file_data(self._calls, self._fd.fd, start, start + length)
+                    found = join([*found, *_shifted(data, -self._offset)])
+            elif self.recipe.evidence is Evidence.PAGE_CACHE:
+                # Not mincore, which does not see what is swapped.
+                found = residency.shared_anonymous_data(self._calls, self._address, self.size, offset, length)
+            elif self.recipe.evidence in (Evidence.FILE_DATA, Evidence.FILE_EXTENTS):
+                found = list(self.resident(offset, length) or ())
+        return found
+
+    def track(self) -> None:
+        if not probe.tracks_writes(self._calls):
+            raise UnsupportedError("this kernel does not tell which pages were written to (UFFD_FEATURE_WP_ASYNC, 6.7)")
+        if self.fork_inherits:
+            raise UnsupportedError("with fork='inherit' the kernel would note a parent's writes and not a child's")
+        if self._uffd is None:
+            try:
+                self._uffd = self._registered()
+            except OSError as error:
+                raise UnsupportedError(f"userfaultfd refuses the mapping: {error.strerror}") from error
+        try:
+            self.written(0, self.page_size)
+        except OSError as error:
+            raise UnsupportedError(
+                f"the kernel does not tell of {self.kind.value} memory which pages were written to: {error.strerror}"
+            ) from error
+
+    def written(self, offset: int, length: int) -> list[Run]:
+        return list(_shifted(iter(residency.written_pages(self._address + offset, length)), offset))
+
     def resident_total(self) -> int | None:
         """What file and private pages use.  Behind a private mapping the file should be empty.
 
@@ -364,6 +415,8 @@ class KernelMapping(Mapping):
     def fileno(self) -> int:
         if self._fd is None:
             raise UnsupportedError(f"{self.kind.value} memory has no file descriptor")
+        if self._offset:
+            raise UnsupportedError(f"block 0 is not at offset 0 of the file, but at {exact_size(self._offset)}")
         return self._fd.fd
 
     def owner(self) -> Any:

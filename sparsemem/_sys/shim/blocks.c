@@ -493,7 +493,8 @@ static int check_state(const sm_blocks *b, const sm_run *run, int want, int stri
         if (*where != end)
             return SM_TAINTED;
     }
-    if (want == SM_PENDING_ONLY)    /* which of them still are is asked afterwards */
+    /* Which of them are pending still, or plugged, is asked afterwards. */
+    if (want == SM_PENDING_ONLY || want == SM_AS_IT_IS)
         return SM_OK;
     if (want == SM_TAINTED_ONLY) {
         *where = sm_bits_next(b->tainted, run->first, end, 0);

@@ -62,7 +62,7 @@ typedef struct {
 /* ---- blocks: plugged, busy, tainted and pending, with claims and pins --------- */
 
 enum { SM_TO_PLUGGED, SM_TO_UNPLUGGED, SM_WITHIN_PLUGGED, SM_TAINTED_ONLY, SM_PENDING_ONLY,
-       SM_WHOLE };
+       SM_AS_IT_IS, SM_WHOLE };
 
 typedef struct sm_blocks sm_blocks;
 
@@ -234,10 +234,80 @@ int sm_quick_plug(sm_quick *quick, int64_t first, int64_t count);
 int sm_quick_unplug(sm_quick *quick, int64_t first, int64_t count);
 void sm_blocks_watch(sm_blocks *blocks, int watched);
 
+/* ---- snapshots: content on its way to a file and back ------------------------- */
+
+enum { SM_SNAPSHOT_READ = 1, SM_SNAPSHOT_WRITE };      /* what a sm_fault may hit */
+
+typedef struct {            /* one chunk of a snapshot                          */
+    uint64_t index;
+    uint64_t length;        /* bytes in the file; 0 for chunks of zeroes        */
+    uint64_t digest;        /* of those bytes; how many chunks if length is 0   */
+} sm_record;
+
+typedef struct {
+    const char *base;       /* address of offset 0                              */
+    int source;             /* a descriptor to read from instead, or -1         */
+    int target;             /* what to write to, or -1: see sm_save_advance()   */
+    uint64_t origin;        /* where in the target offset 0 is                  */
+    uint64_t size;          /* bytes of the region                              */
+    uint64_t chunk;
+    char *buffer;           /* of a chunk                                       */
+    const sm_run *chunks;   /* which chunks to look at                          */
+    size_t nchunks;
+    const sm_run *runs;     /* bytes, outside of which everything reads zero    */
+    size_t nruns;
+    size_t run;             /* the first one that matters still                 */
+    size_t at;              /* where in chunks it is,                           */
+    uint64_t done;          /*   and how many of that run are done              */
+    int zeroes;             /* whether chunks of zeroes are recorded            */
+    uint64_t ready;         /* bytes in the buffer that the caller must take    */
+    sm_record *records;     /* as many as there are chunks                      */
+    size_t nrecords;
+    uint64_t bytes;         /* looked at                                        */
+    uint64_t written;
+    uint64_t failed_at;     /* offset in the region                             */
+    int failed_reading;     /* as opposed to writing                            */
+    sm_fault *fault;        /* NULL but in tests                                */
+} sm_save;
+
+typedef struct {
+    int source;
+    uint64_t origin;        /* where in the source offset 0 is                  */
+    uint64_t size;
+    uint64_t chunk;
+    char *buffer;           /* of a chunk                                       */
+    char *base;             /* where to put it; NULL to check it only           */
+    const sm_run *runs;     /* bytes that may be written to                     */
+    size_t nruns;
+    size_t run;
+    const sm_record *records;
+    size_t nrecords;
+    size_t at;
+    uint64_t checked;       /* offset in the source up to which all is checked, */
+    uint64_t end;           /*   and up to which it has to be                   */
+    uint64_t bytes;         /* of chunks, read                                  */
+    uint64_t failed_at;     /* offset in the source                             */
+    sm_fault *fault;
+} sm_load;
+
+typedef struct {            /* what records must be, and have been so far       */
+    uint64_t size, chunk;
+    uint64_t packed;        /* the most that a chunk may take; 0: its own size  */
+    int zeroes;             /* whether there may be records of zeroes           */
+    uint64_t next, stored;
+} sm_ledger;
+
+uint64_t sm_digest(uint64_t seed, const void *data, uint64_t length);
+int sm_save_advance(sm_save *job, uint64_t budget_ns);
+int sm_load_advance(sm_load *job, uint64_t budget_ns);
+void sm_load_put(sm_load *job, uint64_t start, const char *data, uint64_t length);
+int sm_runs_check(const sm_run *runs, size_t n, uint64_t limit, uint64_t *next);
+int sm_records_check(const sm_record *records, size_t n, sm_ledger *ledger);
+
 /* ---- single system calls --------------------------------------------------- */
 
-int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable, int locked,
-               uint64_t *address);
+int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, uint64_t offset, int writable,
+               int locked, uint64_t *address);
 int sm_reserve_placeholder(uint64_t address, uint64_t length);
 int sm_unmap(uint64_t address, uint64_t length);
 int sm_madvise(uint64_t address, uint64_t length, int advice);
@@ -254,6 +324,7 @@ typedef struct {
     uint64_t any_of;        /* categories of which a page has one       */
     uint64_t all_of;        /* categories that it must have             */
     uint64_t none_of;       /* categories that it must not have         */
+    uint64_t flags;         /* PM_SCAN_*                                */
 } sm_scan;
 
 int sm_pagemap_scan(int fd, const sm_scan *what, uint64_t start, uint64_t end,

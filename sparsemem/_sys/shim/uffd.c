@@ -19,6 +19,9 @@
 #ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 #define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
 #endif
+#ifndef UFFD_FEATURE_WP_ASYNC
+#define UFFD_FEATURE_WP_ASYNC (1 << 15)
+#endif
 #ifndef UFFD_FEATURE_MOVE
 #define UFFD_FEATURE_MOVE (1 << 16)
 #endif
@@ -60,8 +63,10 @@ static int negotiate(uint64_t wanted)
 
 int sm_uffd_open(sm_uffd *u)
 {
+    /* WP_ASYNC: the kernel itself takes the protection off a page that is written to, and
+     * remembers that it did (6.7); without it nothing may ever be protected here. */
     int fd = negotiate(UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM |
-                       UFFD_FEATURE_MOVE);
+                       UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_MOVE);
     char *zeroes;
 
     if (fd < 0)
