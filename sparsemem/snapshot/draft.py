@@ -6,10 +6,12 @@ import contextlib
 import errno
 import os
 import stat
-from typing import Any
+from typing import Any, NoReturn
 
 from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
+from sparsemem.errors import SnapshotError
+from sparsemem.snapshot.telling import about
 
 # What O_TMPFILE gives on a file system without it, and where nobody knows the flag: open(2).
 _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
@@ -30,25 +32,39 @@ class Draft:
         path: What it will be called.
         follow_symlinks: If there is a symbolic link of that name, write what it points to.
 
+    It has no effect until `open`, and none that stays if `discard` is called, however far it came.
+
     Raises:
-        OSError: The folder cannot be written to, or there is something of that name that is no file.
+        SnapshotIOError: From all of its methods: the disk is full, for one.
     """
 
     def __init__(self, calls: Calls, path: str, *, follow_symlinks: bool) -> None:
         self._calls = calls
+        self._path = path
+        self._follow = follow_symlinks
+        self._name = ""
         self._temporary: str | None = None
+        self._folder: Descriptor | None = None
         self._file: Descriptor | None = None
-        folder, self._name = os.path.split(os.path.realpath(path) if follow_symlinks else path)
-        if self._name in ("", ".", ".."):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        self._folder = Descriptor(calls.open(folder or ".", flags, 0), calls)
-        try:
+
+    def open(self) -> None:
+        """Makes the file.
+
+        Raises:
+            SnapshotIOError: The folder cannot be written to, or there is something of that
+                name that is no file.
+        """
+        with self._about():
+            folder, self._name = os.path.split(os.path.realpath(self._path) if self._follow else self._path)
+            if self._name in ("", ".", ".."):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            self._folder = Descriptor(self._calls.open(folder or ".", flags, 0), self._calls)
             self._check_target()
             self._file = self._create()
-        except BaseException:
-            self.discard()
-            raise
+
+    def _about(self) -> contextlib.AbstractContextManager[None]:
+        return about(self._path, "write")
 
     @property
     def fd(self) -> int:
@@ -57,24 +73,33 @@ class Draft:
         return self._file.fd
 
     @property
+    def _place(self) -> int:
+        assert self._folder is not None
+        return self._folder.fd
+
+    @property
     def identity(self) -> tuple[int, int]:
         """Its device and inode."""
-        about = self._calls.fstat(self.fd)
-        return about.st_dev, about.st_ino
+        with self._about():
+            found = self._calls.fstat(self.fd)
+        return found.st_dev, found.st_ino
 
-    def replaces_any(self, files: tuple[tuple[int, int], ...]) -> bool:
-        """Whether what has the name now is one of these files, given as device and inode."""
-        try:
-            about = self._calls.stat_in(self._folder.fd, self._name)
-        except FileNotFoundError:
-            return False
-        return (about.st_dev, about.st_ino) in files
+    def spare(self, files: tuple[tuple[int, int], ...]) -> None:
+        """Refuses to take the place of one of these files, given as device and inode.
+
+        Raises:
+            SnapshotError: It has the name.
+        """
+        with self._about(), contextlib.suppress(FileNotFoundError):
+            found = self._calls.stat_in(self._place, self._name)
+            if (found.st_dev, found.st_ino) in files:
+                raise SnapshotError("is one that the new one needs, and must not be replaced by it")
 
     def _check_target(self) -> None:
         # A look beforehand, to say so before any work; what is put there later is replaced
         # and not followed, since rename(2) follows nothing.
         try:
-            mode = self._calls.stat_in(self._folder.fd, self._name).st_mode
+            mode = self._calls.stat_in(self._place, self._name).st_mode
         except FileNotFoundError:
             return
         if stat.S_ISLNK(mode):
@@ -85,13 +110,13 @@ class Draft:
     def _create(self) -> Descriptor:
         flags = os.O_RDWR | os.O_CLOEXEC
         try:
-            return Descriptor(self._calls.open_in(self._folder.fd, ".", flags | os.O_TMPFILE, 0o600), self._calls)
+            return Descriptor(self._calls.open_in(self._place, ".", flags | os.O_TMPFILE, 0o600), self._calls)
         except OSError as error:
             if error.errno not in _NO_UNNAMED:
                 raise
         self._temporary = self._new_name()  # first, so that whatever comes in between, it is removed
         flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        return Descriptor(self._calls.open_in(self._folder.fd, self._temporary, flags, 0o600), self._calls)
+        return Descriptor(self._calls.open_in(self._place, self._temporary, flags, 0o600), self._calls)
 
     def _new_name(self) -> str:
         """One that nobody guesses, and that fits where the name itself fits."""
@@ -101,27 +126,39 @@ class Draft:
         """Writes all of it; the bytes."""
         view = memoryview(data).cast("B")
         done = 0
-        while done < len(view):
-            done += self._calls.pwrite(self.fd, view[done:], offset + done)
+        with self._about():
+            while done < len(view):
+                done += self._calls.pwrite(self.fd, view[done:], offset + done)
         return done
+
+    def lengthen(self, size: int) -> None:
+        """Makes it so long, by a hole: a file that would be too large is refused before any work."""
+        with self._about():
+            self._calls.ftruncate(self.fd, size)
+
+    def fail(self, code: int) -> NoReturn:
+        """Raises the error of what somebody else could not write to it."""
+        with self._about():
+            raise OSError(code, os.strerror(code))
 
     def publish(self) -> None:
         """Gives it its name; on a disk that keeps its word, for good when this returns."""
-        calls, folder = self._calls, self._folder.fd
-        calls.fsync(self.fd)
-        if self._temporary is None:
-            # linkat(2) does not replace, so it takes a step in between.
-            self._temporary = self._new_name()
-            calls.link_in(self.fd, folder, self._temporary)
-        calls.rename_in(folder, self._temporary, self._name)
-        self._temporary = None
-        calls.fsync(folder)
+        calls, folder = self._calls, self._place
+        with self._about():
+            calls.fsync(self.fd)
+            if self._temporary is None:
+                # linkat(2) does not replace, so it takes a step in between.
+                self._temporary = self._new_name()
+                calls.link_in(self.fd, folder, self._temporary)
+            calls.rename_in(folder, self._temporary, self._name)
+            self._temporary = None
+            calls.fsync(folder)
 
     def discard(self) -> None:
         """Lets go of it; a file that has not got its name is gone."""
-        if self._temporary is not None and self._folder.fd >= 0:
+        if self._temporary is not None and self._folder is not None:
             with contextlib.suppress(OSError):  # renamed already, for one
                 self._calls.unlink_in(self._folder.fd, self._temporary)
-        if self._file is not None:
-            self._file.close()
-        self._folder.close()
+        for descriptor in (self._file, self._folder):
+            if descriptor is not None:
+                descriptor.close()

@@ -192,9 +192,10 @@ class Tables:
 
 def pieces(*tables: Any) -> Iterator[memoryview]:
     """Tables in the pieces that they are digested in, each with the digest so far as its seed."""
-    for table in map(memoryview, tables):
-        for at in range(0, len(table), PIECE):
-            yield table[at : at + PIECE]
+    for table in tables:
+        view = memoryview(table)
+        for at in range(0, len(view), PIECE):
+            yield view[at : at + PIECE]
 
 
 def read_tables(read: Callable[[int, int], bytes], header: Snapshot) -> Tables:

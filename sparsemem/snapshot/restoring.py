@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from sparsemem._sys import calls as _calls
 from sparsemem._sys import ffi, lib
@@ -105,11 +105,10 @@ class Source:
         job.runs, job.nruns = runs.array, runs.n
         job.origin, job.records, job.nrecords = header.data_offset, tables.records, tables.nrecords
         job.checked, job.end = HEADER_SIZE, header.table_offset
-        with about(self.path, "read"):
-            if header.compressed:
-                self._unpack_all(job, meter)
-            else:
-                self._read_all(job, meter)
+        if header.compressed:
+            self._unpack_all(job, meter)
+        else:
+            self._read_all(job, meter)
         meter.finish(tables.stored)
 
     def _read_all(self, job: Any, meter: Meter) -> None:
@@ -117,7 +116,7 @@ class Source:
         while code == lib.SM_MORE:
             code = self._calls.load(job, SLICE_NS)
             if code < 0:
-                _fail(-code, int(job.failed_at))
+                self._fail(-code, int(job.failed_at))
             meter.tell(int(job.bytes))
 
     def _unpack_all(self, job: Any, meter: Meter) -> None:
@@ -128,28 +127,33 @@ class Source:
             record = job.records[i]
             start = int(record.index) * header.chunk
             if record.length:
-                frame = self._read(int(record.length), offset)
-                if digest(frame) != record.digest:
-                    _fail(errno.EBADMSG, offset)
                 length = min(header.chunk, header.size - start)
-                # The frame is unpacked when checked, too: nothing may turn up after blocks were plugged.
-                assert self._unpack is not None
-                data = self._unpack(frame, length)
+                # Unpacked when it is checked, too: nothing may turn up after blocks were plugged.
+                data = self._unpacked(record, offset, length)
                 if job.base:
                     lib.sm_load_put(job, start, ffi.from_buffer(data), length)
-                offset += len(frame)
+                offset += int(record.length)
             elif job.base:
                 length = min(int(record.digest) * header.chunk, header.size - start)
                 lib.sm_load_put(job, start, ffi.NULL, length)
             meter.tell(offset - header.data_offset)
 
+    def _unpacked(self, record: Any, offset: int, length: int) -> bytes:
+        with about(self.path, "read"):
+            frame = self._read(int(record.length), offset)
+        if digest(frame) != record.digest:
+            self._fail(errno.EBADMSG, offset)
+        assert self._unpack is not None
+        with about(self.path, "read"):
+            return self._unpack(frame, length)
 
-def _fail(code: int, offset: int) -> None:
-    if code == errno.EBADMSG:
-        raise SnapshotError(f"is corrupted: what it has at offset {offset} is not what was saved")
-    if code == errno.ENODATA:
-        raise SnapshotError(f"was cut off: it ends before offset {offset} is complete")
-    raise OSError(code, os.strerror(code))
+    def _fail(self, code: int, offset: int) -> NoReturn:
+        with about(self.path, "read"):
+            if code == errno.EBADMSG:
+                raise SnapshotError(f"is corrupted: what it has at offset {offset} is not what was saved")
+            if code == errno.ENODATA:
+                raise SnapshotError(f"was cut off: it ends before what belongs at offset {offset}")
+            raise OSError(code, os.strerror(code))
 
 
 def describe(path: str | os.PathLike[str], *, follow_symlinks: bool = False) -> Snapshot:

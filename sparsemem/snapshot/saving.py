@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import NoReturn
 
 from sparsemem._sys import calls as _calls
 from sparsemem._sys import ffi, lib
@@ -15,14 +16,14 @@ from sparsemem._sys.calls import Calls
 from sparsemem.backends.base import Mapping
 from sparsemem.blocks import Claim, Map, Want, runs_of
 from sparsemem.engine import SLICE_NS, Control
-from sparsemem.errors import BlockStateError, Run, SnapshotError, SnapshotIOError, UnsupportedError
+from sparsemem.errors import BlockStateError, Run, SnapshotIOError, UnsupportedError
 from sparsemem.operations import Core, Operation, execute
 from sparsemem.runs import Runs, clip, normalise, single, to_blocks
 from sparsemem.snapshot.compression import check_way, compressor
 from sparsemem.snapshot.draft import Draft
 from sparsemem.snapshot.format import DATA_OFFSET, HEADER_SIZE, RECORD_SIZE, RUN_SIZE, Snapshot, digest, pieces
 from sparsemem.snapshot.restoring import describe
-from sparsemem.snapshot.telling import Meter, about
+from sparsemem.snapshot.telling import Meter
 from sparsemem.snapshot.tracking import Tracker
 
 _PIECE = 32 << 20
@@ -71,11 +72,11 @@ def save(
             last = None if base is None else describe(base, follow_symlinks=follow_symlinks).id
             stack.enter_context(tracker.save(last))
             incremental = tracker.base
-        stack.enter_context(about(path, "write"))
         draft = Draft(_calls.kernel, path, follow_symlinks=follow_symlinks)
         stack.callback(draft.discard)
-        if incremental is not None and tracker is not None and draft.replaces_any(tracker.files):
-            raise SnapshotError("is one that the new one needs, and must not be replaced by it")
+        draft.open()
+        if tracker is not None and incremental is not None:
+            draft.spare(tracker.files)
         saving = _Saving(core, draft, compressed, tracker, incremental, control)
         saving.copy()
         snapshot = saving.finish(backend)
@@ -133,7 +134,7 @@ class _Saving:
             # At once as long as it will be: EFBIG comes before the work, and a file that is cut off
             # here ends in zeroes.
             self._data_end = self._data + core.mapping.size
-            self._calls.ftruncate(self._draft.fd, self._data_end)
+            self._draft.lengthen(self._data_end)
         self._meter.tell(0)
         piece = max(_PIECE >> core.shift, 1)
         cursor = 0
@@ -181,11 +182,11 @@ class _Saving:
                 self._data_end += self._draft.write(frame, self._data_end)
             self._meter.tell(min(int(job.bytes), size))
 
-    def _fail(self, code: int) -> None:
+    def _fail(self, code: int) -> NoReturn:
         if self._job.failed_reading:
             block = int(self._job.failed_at) >> self.core.shift
             raise SnapshotIOError(code, f"cannot read block {block} to save it: {os.strerror(code)}")
-        raise OSError(code, os.strerror(code))
+        self._draft.fail(code)
 
     def finish(self, backend: str) -> Snapshot:
         """Writes what says what there is: the tables, and last of all the header."""
