@@ -183,7 +183,8 @@ class SnapshotError(SparseMemError, ValueError):
 class SnapshotIOError(OSError, SnapshotError):  # OSError first, which takes errno out of the arguments
     """A snapshot could not be written or read; `errno` is the kernel's own.
 
-    After a failed save the file that had the name before is as it was.
+    After a failed save the file that had the name before is as it was.  One error comes later, and says
+    so: the new file has the name, but the disk does not promise that it keeps it.
     """
 
 

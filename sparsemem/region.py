@@ -936,6 +936,7 @@ class Region:
         *,
         compress: str | None = None,
         dirty: bool | str | os.PathLike[str] = False,
+        full: bool = False,
         follow_symlinks: bool = False,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
@@ -965,6 +966,7 @@ class Region:
                 each page after a save is slower and splits a huge page, and small plugs go the
                 long way.  Not noted is what somebody else writes: other processes that share the
                 memory, `write()` to the file or memfd, devices that write to pinned pages.
+            full: With `dirty`: save all of it nevertheless, as the first one of a new chain.
             follow_symlinks: If `path` is a symbolic link, write what it points to.
             progress: Called with `(bytes done, bytes in all)` of plugged blocks about every 40 ms
                 and at the end, in this thread; what it raises stops the save.
@@ -995,6 +997,7 @@ class Region:
             # One for the region, whichever thread is first: in one step.
             tracker=None if dirty is False else vars(self).setdefault("_tracker", Tracker(self._core)),
             base=None if isinstance(dirty, bool) else os.fsdecode(dirty),
+            full=full,
             control=control,
         )
 

@@ -477,7 +477,7 @@ def test_describe_reads_no_content(path: Path, inject: Injector) -> None:
 def test_a_backend_of_a_long_name(tmpfs_folder: Path) -> None:
     """Its text is cut off where the header ends; it is for people."""
     folder = tmpfs_folder
-    while len(str(folder)) < 3700:
+    while len(os.fsencode(folder)) < 3700:
         folder = folder / ("ä" * 100)
         folder.mkdir()
     from sparsemem import File

@@ -128,7 +128,10 @@ class Draft:
         done = 0
         with self._about():
             while done < len(view):
-                done += self._calls.pwrite(self.fd, view[done:], offset + done)
+                put = self._calls.pwrite(self.fd, view[done:], offset + done)
+                if not put:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                done += put
         return done
 
     def lengthen(self, size: int) -> None:
@@ -152,7 +155,12 @@ class Draft:
                 calls.link_in(self.fd, folder, self._temporary)
             calls.rename_in(folder, self._temporary, self._name)
             self._temporary = None
-            calls.fsync(folder)
+            try:
+                calls.fsync(folder)
+            except OSError as error:
+                # What had the name is gone: nobody could put it back so that that would last.
+                code = error.errno or errno.EIO
+                raise OSError(code, f"it is whole and has its name, but might lose it: {os.strerror(code)}") from error
 
     def discard(self) -> None:
         """Lets go of it; a file that has not got its name is gone."""

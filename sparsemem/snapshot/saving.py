@@ -49,6 +49,7 @@ def save(
     follow_symlinks: bool,
     tracker: Tracker | None,
     base: str | None,
+    full: bool,
     control: Control,
 ) -> Snapshot:
     """Saves a region; what `Region.save` does.
@@ -61,6 +62,7 @@ def save(
         follow_symlinks: Write what a symbolic link of that name points to.
         tracker: Knows what has changed, and is to know what was saved; None for a save of its own.
         base: The path of the snapshot that must be the tracker's last; None if it need not.
+        full: Save all, whatever the tracker knows.
         control: Who looks on.
     """
     compressed = check_way(compress)
@@ -71,18 +73,18 @@ def save(
         if tracker is not None:
             last = None if base is None else describe(base, follow_symlinks=follow_symlinks).id
             stack.enter_context(tracker.save(last))
-            incremental = tracker.base
+            incremental = None if full else tracker.base
         draft = Draft(_calls.kernel, path, follow_symlinks=follow_symlinks)
         stack.callback(draft.discard)
         draft.open()
-        if tracker is not None and incremental is not None:
+        if tracker is not None:
             draft.spare(tracker.files)
         saving = _Saving(core, draft, compressed, tracker, incremental, control)
         saving.copy()
-        snapshot = saving.finish(backend)
+        snapshot, file = saving.finish(backend), draft.identity
         draft.publish()
         if tracker is not None:
-            tracker.commit(snapshot.id, draft.identity, full=incremental is None)
+            tracker.commit(snapshot.id, file, full=incremental is None)
     return snapshot
 
 

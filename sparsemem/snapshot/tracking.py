@@ -128,10 +128,11 @@ class Tracker:
 
     def commit(self, identity: str, file: tuple[int, int], *, full: bool) -> None:
         """What was taken is in a snapshot that has got its name."""
-        with self._lock:
-            self._saving = Bitmap(self._saving.nbits)
+        # In this order: an interrupt in between has the next save hold too much, and never too little.
         self.files = (file,) if full else (*self.files, file)
         self.base = identity
+        with self._lock:
+            self._saving = Bitmap(self._saving.nbits)
 
     def _give_back(self) -> None:
         with self._lock:
