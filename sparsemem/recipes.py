@@ -37,6 +37,7 @@ class Step(enum.Enum):
     FUTEX = "futex(FUTEX_WAKE_OP) on each page"
     COLD = "madvise(MADV_COLD)"
     PAGEOUT = "madvise(MADV_PAGEOUT)"
+    UNPROTECT = "ioctl(UFFDIO_WRITEPROTECT) without protection"
     ZERO = "read(/dev/zero)"
 
 
@@ -237,6 +238,7 @@ ADVICE: Mapping[str, tuple[Step, ...]] = {
     "collapse": (Step.COLLAPSE,),
     "cold": (Step.COLD,),
     "pageout": (Step.PAGEOUT,),
+    "unprotect": (Step.UNPROTECT,),
 }
 """The operations on plugged blocks that change where the content is, and not what it is."""
 

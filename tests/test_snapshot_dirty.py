@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from sparsemem import (
     Anonymous,
     BlockStateError,
     File,
+    ForkedRegionError,
+    HugePageSplitWarning,
     Memfd,
     Region,
     Secret,
@@ -58,6 +61,12 @@ def restored(chain: list[Path], **options: Any) -> dict[int, bytes]:
         return contents(region)
 
 
+def check_sound(region: Region) -> None:
+    """Without what a file behind a private mapping holds, since a look at a discarded page gives it one."""
+    audit = region.audit()
+    assert (audit.leaks, audit.gaps, audit.tainted, audit.busy) == ((), (), (), ())
+
+
 # ---- what is saved ------------------------------------------------------------------------------
 
 
@@ -82,17 +91,21 @@ def test_every_kind_saves_what_changed(made: Made, compress: str | None, folder:
         assert nothing.nrecords == 0
         write(region, block + block // 2, b"changed")
         changed = save(2)
-        assert changed.nrecords * changed.chunk <= max(page, changed.chunk)
+        # Of a huge page the kernel only knows whether any of it was written to.
+        most = (2 << 20) if region.huge_runs() or block == 2 << 20 else page
+        assert changed.nrecords * changed.chunk <= max(most, changed.chunk)
         region.unplug(2)
         region.plug(2)
         write(region, 2 * block, b"another life")
         region.plug(7)
         save(3)
-        region.discard(3 * block, page)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HugePageSplitWarning)
+            region.discard(3 * block, page)
         save(4)
         region.unplug(0)
         assert save(5).nruns == 2
-        assert region.audit().ok
+        check_sound(region)
 
 
 OPERATIONS = st.lists(
@@ -114,11 +127,10 @@ OPERATIONS = st.lists(
 MODELLED: dict[str, Callable[[], tuple[Backend, dict[str, Any]]]] = {
     "anonymous": lambda: (Anonymous(), {}),
     "anonymous shared": lambda: (Anonymous(shared=True), {}),
-    "anonymous thp": lambda: (Anonymous(thp=True), {}),
     "memfd": lambda: (Memfd(), {}),
     "memfd private": lambda: (Memfd(shared=False), {}),
     "futex": lambda: (Memfd(strategy="futex"), {}),
-    "userfaultfd": lambda: (Memfd(strategy="uffd"), {}),
+    "userfaultfd": lambda: (Memfd(strategy="uffd_copy"), {}),
     "late discards": lambda: (Memfd(), {"unplug_delay": 1000.0}),
     "late discards that keep": lambda: (Anonymous(), {"unplug_delay": 1000.0, "reuse": "keep"}),
     "warm": lambda: (Anonymous(), {"warm": 4 * BLOCK}),
@@ -189,7 +201,7 @@ class Modelled:
             self.chain.clear()
         self.chain.append(path)
         assert restored(self.chain) == self.model
-        assert self.region.audit().ok
+        check_sound(self.region)
 
 
 @pytest.mark.parametrize("kind", MODELLED)
@@ -256,7 +268,9 @@ def test_a_chain_in_any_order(chain: list[Path]) -> None:
 
 def test_a_chain_with_a_link_missing(chain: list[Path]) -> None:
     ids = [snapshot.describe(path).id for path in chain]
-    with pytest.raises(SnapshotError, match=rf"only what has changed since the one with the id {ids[2]}: .*none is left"):
+    with pytest.raises(
+        SnapshotError, match=rf"only what has changed since the one with the id {ids[2]}: .*none is left"
+    ):
         Region.restore(chain[3])
     with pytest.raises(SnapshotError, match=f"{chain[2]} has only what has changed since the one with the id {ids[1]}"):
         Region.restore(chain[3], base=[chain[0], chain[2]])
@@ -315,7 +329,9 @@ def test_the_last_one_is_another_than_was_believed(folder: Path) -> None:
     with Region("1M", block_size=BLOCK) as region:
         region.plug(0)
         alone = region.save(folder / "alone")
-        with pytest.raises(SnapshotError, match=rf"since the snapshot with the id {alone.id} is unknown.*there was none"):
+        with pytest.raises(
+            SnapshotError, match=rf"since the snapshot with the id {alone.id} is unknown.*there was none"
+        ):
             region.save(folder / "x", dirty=folder / "alone")
         first = region.save(folder / "0", dirty=True)
         region.save(folder / "1", dirty=folder / "0")
@@ -361,7 +377,8 @@ def test_one_at_a_time(folder: Path) -> None:
     def look(done: int, total: int) -> None:
         with pytest.raises(SnapshotError, match="another save with dirty= of the same region is under way"):
             region.save(folder / "other", dirty=True)
-        region.save(folder / "alone")
+        if done < total:  # not while its own blocks are claimed
+            region.save(folder / "alone", progress=None if done else lambda *_: None)
 
     with Region("1M", block_size=BLOCK) as region:
         region.plug(0)
@@ -515,7 +532,7 @@ def test_a_forked_child_has_no_chain(folder: Path) -> None:
         def child() -> None:
             region.save(folder / "1", dirty=True)
 
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ForkedRegionError):
             run_child(child).result()
         write(region, 0, b"x")
         assert region.save(folder / "1", dirty=True).nrecords == 1

@@ -98,7 +98,7 @@ def huge_pages(address: int, length: int) -> list[Extent] | None:
         return None
 
 
-def written_pages(address: int, length: int) -> list[Extent]:
+def written_pages(address: int, length: int, *, protect: bool = True) -> list[Extent]:
     """Pages that were written to since the last call; from now on they count as not written.
 
     Of memory that is registered with a userfaultfd of WP_ASYNC (6.7): each page is protected, and
@@ -107,10 +107,17 @@ def written_pages(address: int, length: int) -> list[Extent]:
     not there, counts as written; but a page that was discarded in a *file* need not:
     the kernel keeps its mark (measured on 6.18).
 
+    A page that is not there is marked, too, which then looks like a swapped one.
+
+    Args:
+        address: Where they begin.
+        length: Bytes.
+        protect: False only looks.
+
     Raises:
         OSError: EPERM where the memory is not registered so, ENOTTY before 6.7.
     """
-    return _scan(address, length, all_of=_WRITTEN, flags=_PROTECT | _ONLY_ASYNC)
+    return _scan(address, length, all_of=_WRITTEN, flags=_ONLY_ASYNC | _PROTECT * protect)
 
 
 def _scan(

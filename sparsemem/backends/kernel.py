@@ -230,6 +230,7 @@ class KernelMapping(Mapping):
     def _register(self, strategy: str) -> None:
         """Lets userfaultfd fill the memory, which somebody else's may have by now."""
         self._uffd: Userfaultfd | None = None
+        self._tracked = False
         if self.strategy not in UFFD:
             return
         try:
@@ -292,6 +293,8 @@ class KernelMapping(Mapping):
             "discard": self.recipe.discard or self.recipe.cleanse,
             **ADVICE,
         }[operation]
+        if self._tracked and operation == "discard":
+            steps = (Step.UNPROTECT, *steps)
         job.base = ffi.cast("char *", self._address)
         job.fd = -1 if self._fd is None else self._fd.fd
         job.page = self.page_size
@@ -377,11 +380,12 @@ class KernelMapping(Mapping):
             except OSError as error:
                 raise UnsupportedError(f"userfaultfd refuses the mapping: {error.strerror}") from error
         try:
-            self.written(0, self.page_size)
+            residency.written_pages(self._address, self.page_size, protect=False)
         except OSError as error:
             raise UnsupportedError(
                 f"the kernel does not tell of {self.kind.value} memory which pages were written to: {error.strerror}"
             ) from error
+        self._tracked = True
 
     def written(self, offset: int, length: int) -> list[Run]:
         return list(_shifted(iter(residency.written_pages(self._address + offset, length)), offset))

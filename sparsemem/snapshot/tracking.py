@@ -4,8 +4,8 @@ Three sources together, for none sees all of it (each fact measured on 6.18):
 
 - The kernel notes stores of this process (`_sys.residency.written_pages`), by whatever way they
   come through the page tables.  Peers have page tables of their own.
-- A page that was discarded in a file keeps its mark, and so may count as not written.  Those
-  discarded inside plugged blocks the block map knows.
+- A page that somebody else discarded in a file keeps its mark, and so may count as not written,
+  and reads zero in any case.  Those discarded inside plugged blocks the block map knows.
 - Blocks that were unplugged and plugged again: a listener is told.
 """
 
@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator
 
 from sparsemem.bitmap import Bitmap
+from sparsemem.engine import Work
 from sparsemem.errors import Run, SnapshotError, UnsupportedError
 from sparsemem.operations import Core, Join, execute
 from sparsemem.runs import clip
@@ -111,9 +112,10 @@ class Tracker:
         for offset, length in plugged:
             found += mapping.written(offset, length)
             first = offset // page
-            found += [
-                (at * page, n * page) for at, n in self._core.blocks.discarded_pages(first, first + length // page)
-            ]
+            gone = [(at * page, n * page) for at, n in self._core.blocks.discarded_pages(first, first + length // page)]
+            # They are found again next time all the same, and a mark would look like a page that is there.
+            Work(mapping, "unprotect", self._core.byte_runs(gone), 0).run()
+            found += gone
         taken: list[Run] = []
         with self._lock:
             for offset, length in found:

@@ -133,7 +133,7 @@ enum {                      /* the steps that recipes are made of       */
     SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO,
     SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE,
     SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_MOVE,
-    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_COUNT
+    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_UNPROTECT, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
