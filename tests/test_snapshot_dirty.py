@@ -30,8 +30,8 @@ from sparsemem import (
     UnsupportedError,
     snapshot,
 )
-from sparsemem._sys import probe
 from sparsemem._sys import calls as calls_module
+from sparsemem._sys import probe
 from sparsemem.backends import Backend
 from tests.support.children import run_child
 from tests.support.injector import Injector
