@@ -43,8 +43,8 @@ def pairs(array: Any, n: int) -> Iterator[Run]:
 class Bitmap:
     """`nbits` bits, all clear at first.
 
-    Memory is only used for pages of the bitmap that were written to.  Not
-    thread-safe: two threads that write to one word lose one of the writes.
+    Memory is only used for pages of the bitmap that were written to.  Threads may
+    set and clear different bits at the same time, of one word too.
     Arguments are not checked; callers have done that.
     """
 
@@ -59,11 +59,11 @@ class Bitmap:
 
     def set(self, first: int, count: int = 1) -> None:
         """Sets bits [first, first + count)."""
-        lib.sm_bits_fill(self._words, first, count, 1)
+        lib.sm_bits_fill_shared(self._words, first, count, 1)
 
     def clear(self, first: int, count: int = 1) -> None:
         """Clears bits [first, first + count)."""
-        lib.sm_bits_fill(self._words, first, count, 0)
+        lib.sm_bits_fill_shared(self._words, first, count, 0)
 
     def count(self, first: int, count: int) -> int:
         """Set bits among `count` bits."""

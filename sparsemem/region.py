@@ -1054,24 +1054,26 @@ class Region:
         if lazy and backend is not None:
             raise ValueError(f"lazy=True maps the snapshot itself: it does not go with backend={backend!r}")
         bases = [base] if isinstance(base, (str, os.PathLike)) else list(base)
-        with opened(os.fsdecode(path), map(os.fsdecode, bases), follow_symlinks=follow_symlinks) as chain:
-            shown = None
-            if lazy:
-                backend, shown = chain.template()
-            options = chain.check_options(options)
-            meter = chain.check(control, content=verify, again=not lazy)
-            region = cls(backend=backend, **options)
-            try:
+        region = None
+        try:
+            with opened(os.fsdecode(path), map(os.fsdecode, bases), follow_symlinks=follow_symlinks) as chain:
+                shown = None
+                if lazy:
+                    backend, shown = chain.template()
+                options = chain.check_options(options)
+                meter = chain.check(control, content=verify, again=not lazy)
+                region = cls(backend=backend, **options)
                 if shown is None:
                     chain.fill(region._core, meter)
                 else:
                     chain.adopt(region._core)
                     region._backend = shown
                 meter.end()
-            except BaseException:
+            return region  # in here, for until the caller has it an interrupt must close it
+        except BaseException:
+            if region is not None:
                 region._close(force=True, abandon=True)
-                raise
-            return region
+            raise
 
     # ---- lifetime ---------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Incremental saves: the chain of them always gives what a full one would, and each holds little more than what changed."""
+"""Incremental saves: a chain of them always gives what a full one would, and each holds little more than changed."""
 
 from __future__ import annotations
 

@@ -367,7 +367,16 @@ class KernelMapping(Mapping):
                 found = residency.shared_anonymous_data(self._calls, self._address, self.size, offset, length)
             elif self.recipe.evidence in (Evidence.FILE_DATA, Evidence.FILE_EXTENTS):
                 found = list(self.resident(offset, length) or ())
+            if found is not None and self._fd is not None:
+                found = join([*found, *self._beyond_end(offset, length)])
         return found
+
+    def _beyond_end(self, offset: int, length: int) -> list[Run]:
+        """What a file does not have any more since somebody cut it off: no hole, but nothing that could be read."""
+        assert self._fd is not None
+        end = self._calls.fstat(self._fd.fd).st_size - self._offset
+        start = max(offset, -(-end // self.page_size) * self.page_size)
+        return [(start, offset + length - start)] if start < offset + length else []
 
     def track(self) -> None:
         if not probe.tracks_writes(self._calls):

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import weakref
 from collections.abc import Iterator
+from typing import Any
 
+from sparsemem._sys import ffi, lib
 from sparsemem.bitmap import Bitmap
 from sparsemem.engine import Work
 from sparsemem.errors import Run, SnapshotError, UnsupportedError
@@ -24,12 +25,11 @@ from sparsemem.operations import Core, Join, execute
 from sparsemem.runs import clip
 
 
-class _Turn:
-    """Whoever saves holds one; it goes with the save, however that ends."""
-
-
 class Tracker:
     """Follows one region, from the first save on; thread-safe.
+
+    Without a lock that an interrupt could leave held: each block's bits are only touched by who has
+    its claim, the rest by whoever has the turn to save.
 
     Changes are kept until a save that has them has got its name: one that fails, or is
     cancelled, loses none of them.
@@ -43,8 +43,7 @@ class Tracker:
         npages = core.mapping.size // self._page
         self._changed = Bitmap(npages)
         self._saving = Bitmap(npages)
-        self._lock = threading.Lock()  # never held while anything else runs
-        self._turn: weakref.ref[_Turn] | None = None
+        self._turn: Any = ffi.new("sm_warm *")  # of which only the lock is used
         self.base: str | None = None
         """The id of the last save."""
         self.files: tuple[tuple[int, int], ...] = ()
@@ -54,8 +53,7 @@ class Tracker:
 
     def on_plug(self, first: int, count: int) -> None:
         """A freshly plugged block is another one than it was."""
-        with self._lock:
-            self._changed.set(first * self._per_block, count * self._per_block)
+        self._changed.set(first * self._per_block, count * self._per_block)
 
     def on_unplug(self, first: int, count: int) -> None:
         """What is gone is in no snapshot; if it comes back, `on_plug` is told."""
@@ -77,24 +75,29 @@ class Tracker:
         """
         if os.getpid() != self._pid:
             raise UnsupportedError("changes are tracked for the process that made the region, not for a forked child")
-        turn = _Turn()
-        with self._lock:
-            if self._turn is not None and self._turn() is not None:
-                raise SnapshotError("another save with dirty= of the same region is under way")
-            if last is not None and last != self.base:
-                was = "there was none" if self.base is None else f"that had the id {self.base}"
-                raise SnapshotError(
-                    f"what has changed since the snapshot with the id {last} is unknown: it is not the last one "
-                    f"of this region that was saved with dirty= ({was})"
-                )
-            self._turn = weakref.ref(turn)
+        # Whoever saves holds it, however that ends: it goes with the object, if not before.
+        hold = ffi.gc(ffi.new("sm_hold *"), lib.sm_hold_release)
         try:
-            self._begin()
-            self._give_back()  # of one that was interrupted in the line below
-            yield
+            if not lib.sm_hold_take(hold, self._turn, threading.get_ident()):
+                raise SnapshotError("another save with dirty= of the same region is under way")
+            try:
+                self._check_last(last)
+                self._begin()
+                self._give_back()  # of one that was interrupted in the line below
+                yield
+            finally:
+                self._give_back()
+                lib.sm_hold_release(hold)
         finally:
-            self._give_back()
-            self._turn = None
+            lib.sm_hold_release(hold)  # where an interrupt has kept the lines above from it
+
+    def _check_last(self, last: str | None) -> None:
+        if last is not None and last != self.base:
+            was = "there was none" if self.base is None else f"that had the id {self.base}"
+            raise SnapshotError(
+                f"what has changed since the snapshot with the id {last} is unknown: it is not the last one "
+                f"of this region that was saved with dirty= ({was})"
+            )
 
     def _begin(self) -> None:
         if not any(known is self for known in self._core.listeners):
@@ -110,6 +113,8 @@ class Tracker:
         mapping, page = self._core.mapping, self._page
         found: list[Run] = []
         for offset, length in plugged:
+            # What the kernel has told once it does not tell again: until that is noted, all of it has changed.
+            self._saving.set(offset // page, length // page)
             found += mapping.written(offset, length)
             first = offset // page
             gone = [(at * page, n * page) for at, n in self._core.blocks.discarded_pages(first, first + length // page)]
@@ -117,15 +122,17 @@ class Tracker:
             Work(mapping, "unprotect", self._core.byte_runs(gone), 0).run()
             found += gone
         taken: list[Run] = []
-        with self._lock:
-            for offset, length in found:
-                self._changed.set(offset // page, length // page)
-            for offset, length in plugged:
-                first, end = offset // page, (offset + length) // page
-                taken += clip(list(self._changed.runs(True, first, end)), [(first, end - first)])
-                self._changed.clear(first, end - first)
-            for first, count in taken:
-                self._saving.set(first, count)
+        for offset, length in found:
+            self._changed.set(offset // page, length // page)
+        for offset, length in plugged:
+            first, end = offset // page, (offset + length) // page
+            self._saving.clear(first, end - first)
+            taken += clip(list(self._changed.runs(True, first, end)), [(first, end - first)])
+        # In this order: an interrupt in between has them changed in both.
+        for first, count in taken:
+            self._saving.set(first, count)
+        for first, count in taken:
+            self._changed.clear(first, count)
         return [(first * page, count * page) for first, count in taken]
 
     def commit(self, identity: str, file: tuple[int, int], *, full: bool) -> None:
@@ -133,11 +140,9 @@ class Tracker:
         # In this order: an interrupt in between has the next save hold too much, and never too little.
         self.files = (file,) if full else (*self.files, file)
         self.base = identity
-        with self._lock:
-            self._saving = Bitmap(self._saving.nbits)
+        self._saving = Bitmap(self._saving.nbits)
 
     def _give_back(self) -> None:
-        with self._lock:
-            for first, count in list(self._saving.runs()):
-                self._changed.set(first, count)
-                self._saving.clear(first, count)
+        for first, count in list(self._saving.runs()):
+            self._changed.set(first, count)
+            self._saving.clear(first, count)

@@ -62,6 +62,24 @@ void sm_bits_fill(uint64_t *words, uint64_t first, uint64_t count, int value)
     }
 }
 
+/* The same for threads that write to different bits, perhaps of one word. */
+void sm_bits_fill_shared(uint64_t *words, uint64_t first, uint64_t count, int value)
+{
+    uint64_t end = first + count;
+
+    while (first < end) {
+        unsigned low = first % WORD_BITS;
+        unsigned high = (unsigned)min_u64(WORD_BITS, low + (end - first));
+        uint64_t mask = htole64(mask_of(low, high)), *word = &words[first / WORD_BITS];
+
+        if (value)
+            __atomic_fetch_or(word, mask, __ATOMIC_RELAXED);
+        else
+            __atomic_fetch_and(word, ~mask, __ATOMIC_RELAXED);
+        first += high - low;
+    }
+}
+
 uint64_t sm_bits_count(const uint64_t *words, uint64_t first, uint64_t count)
 {
     uint64_t end = first + count, total = 0;

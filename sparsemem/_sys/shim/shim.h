@@ -44,6 +44,7 @@ enum { SM_FIRST, SM_LAST, SM_BEST };
 
 uint64_t *sm_bits_new(uint64_t nbits);
 void sm_bits_free(uint64_t *words, uint64_t nbits);
+void sm_bits_fill_shared(uint64_t *words, uint64_t first, uint64_t count, int value);
 void sm_bits_fill(uint64_t *words, uint64_t first, uint64_t count, int value);
 uint64_t sm_bits_count(const uint64_t *words, uint64_t first, uint64_t count);
 uint64_t sm_bits_next(const uint64_t *words, uint64_t from, uint64_t to, int value);
@@ -265,7 +266,7 @@ typedef struct {
     size_t nrecords;
     uint64_t bytes;         /* looked at                                        */
     uint64_t written;
-    uint64_t failed_at;     /* offset in the region                             */
+    uint64_t failed_at;     /* offset in the region of what could not be read   */
     int failed_reading;     /* as opposed to writing                            */
     sm_fault *fault;        /* NULL but in tests                                */
 } sm_save;

@@ -95,17 +95,24 @@ static int fault_due(sm_fault *fault, unsigned step)
     return -fault->error;
 }
 
-/* All of a range of a file; what lies beyond its end is -ENODATA. */
-static int read_fully(int fd, char *out, uint64_t length, uint64_t offset)
+/* All of a range of a file; what lies beyond its end is -ENODATA.  *done is how far it got. */
+static int read_on(int fd, char *out, uint64_t length, uint64_t offset, uint64_t *done)
 {
-    for (uint64_t done = 0; done < length;) {
-        ssize_t got = pread(fd, out + done, length - done, (off_t)(offset + done));
+    for (*done = 0; *done < length;) {
+        ssize_t got = pread(fd, out + *done, length - *done, (off_t)(offset + *done));
 
         if (got <= 0 && !(got < 0 && errno == EINTR))
             return got ? -errno : -ENODATA;
-        done += got > 0 ? (uint64_t)got : 0;
+        *done += got > 0 ? (uint64_t)got : 0;
     }
     return 0;
+}
+
+static int read_fully(int fd, char *out, uint64_t length, uint64_t offset)
+{
+    uint64_t done;
+
+    return read_on(fd, out, length, offset, &done);
 }
 
 static int write_fully(int fd, const char *data, uint64_t length, uint64_t offset)
@@ -121,16 +128,16 @@ static int write_fully(int fd, const char *data, uint64_t length, uint64_t offse
 }
 
 /* Memory of our own; what a touch would raise SIGBUS for is -EFAULT. */
-static int read_memory(const char *from, char *out, uint64_t length)
+static int read_memory(const char *from, char *out, uint64_t length, uint64_t *done)
 {
-    for (uint64_t done = 0; done < length;) {
-        struct iovec here = {out + done, length - done};
-        struct iovec there = {(char *)from + done, length - done};
+    for (*done = 0; *done < length;) {
+        struct iovec here = {out + *done, length - *done};
+        struct iovec there = {(char *)from + *done, length - *done};
         ssize_t got = process_vm_readv(getpid(), &here, 1, &there, 1, 0);
 
         if (got <= 0)
             return got ? -errno : -EFAULT;
-        done += (uint64_t)got;
+        *done += (uint64_t)got;
     }
     return 0;
 }
@@ -148,8 +155,10 @@ static int is_zero(const char *data, uint64_t length)
 /* Fills the buffer with what [start, start + length) reads; -errno if it cannot. */
 static int gather(sm_save *job, uint64_t start, uint64_t length)
 {
-    uint64_t filled = 0;
+    uint64_t filled = 0, done = 0;
     int error = fault_due(job->fault, SM_SNAPSHOT_READ);
+
+    job->failed_at = start;
 
     while (job->run < job->nruns &&
            job->runs[job->run].first + job->runs[job->run].count <= start)
@@ -163,8 +172,9 @@ static int gather(sm_save *job, uint64_t start, uint64_t length)
         to = least(to - start, length);
         memset(job->buffer + filled, 0, from - filled);
         error = job->source < 0
-                    ? read_memory(job->base + start + from, job->buffer + from, to - from)
-                    : read_fully(job->source, job->buffer + from, to - from, start + from);
+                    ? read_memory(job->base + start + from, job->buffer + from, to - from, &done)
+                    : read_on(job->source, job->buffer + from, to - from, start + from, &done);
+        job->failed_at = start + from + done;       /* if it has */
         filled = to;
     }
     memset(job->buffer + filled, 0, length - filled);
@@ -229,10 +239,8 @@ int sm_save_advance(sm_save *job, uint64_t budget_ns)
         } else if (!error && job->zeroes) {
             record_zero(job, index);
         }
-        if (error) {
-            job->failed_at = start;
+        if (error)
             return error;
-        }
         job->bytes += length;
         if (++job->done == job->chunks[job->at].count) {
             job->at++;
