@@ -402,7 +402,7 @@ def test_memory_that_is_gone_is_an_error_and_no_signal(compress: str | None, sha
         region.plug(0, 8)
         fill(region, 0, 8)
         os.truncate(memory, 2 * BLOCK)
-        with pytest.raises(SnapshotIOError, match="cannot read block 2 to save it: (No data|Bad address)"):
+        with pytest.raises(SnapshotIOError, match=r"cannot read block 2 to save it: (No data|Bad address)"):
             region.save(path, compress=compress)
         assert path.read_bytes() == OLD
         check_unheld(region)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsemem import Region, Snapshot, SnapshotError, snapshot
+from sparsemem import BackendExhaustedError, Budget, Region, Snapshot, SnapshotError, snapshot
 from sparsemem._sys import lib
 from sparsemem.snapshot.format import (
     DATA_OFFSET,
@@ -423,6 +423,34 @@ def test_a_hostile_header_costs_no_memory(path: Path) -> None:
         file.seek(start)
         file.write(tables([(2 * number, 1) for number in range(100_000)], []))
     limited(lambda: refused(path, "corrupted table"))
+
+
+def test_a_region_larger_than_an_address_space_costs_nothing_either(path: Path) -> None:
+    """A packed file need not have the size that it tells of: it is refused by whoever reserves, before any map is made."""
+    with Region("1M", block_size=BLOCK) as region:
+        header = region.save(path, compress="zstd")
+    for size in (1 << 48, 1 << 56, (1 << 63) - (1 << 12)):
+        put(path, attrs.evolve(header, size=size, block_size=4096, chunk=4096))
+
+        def restore() -> None:
+            with pytest.raises((OSError, MemoryError, ValueError)):
+                Region.restore(path)
+
+        limited(restore)
+
+
+def test_a_small_file_may_tell_of_much_that_is_plugged(path: Path) -> None:
+    """All of 1 TiB is: then limits and budgets say no, as for any plug."""
+    with Region("1T") as region:
+        header = region.save(path, compress="zstd")
+    everything = attrs.evolve(header, nruns=1, file_size=header.file_size + 16)
+    put(path, everything, tables([(0, header.nblocks)], []))
+    budget = Budget("1G")
+    with pytest.raises(BackendExhaustedError):
+        Region.restore(path, budget=budget)
+    assert budget.used == 0
+    with pytest.raises(BackendExhaustedError):
+        Region.restore(path)
 
 
 def test_frames_that_are_not_what_they_should_be(path: Path) -> None:
