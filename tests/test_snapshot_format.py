@@ -426,7 +426,7 @@ def test_a_hostile_header_costs_no_memory(path: Path) -> None:
 
 
 def test_a_region_larger_than_an_address_space_costs_nothing_either(path: Path) -> None:
-    """A packed file need not have the size that it tells of: it is refused by whoever reserves, before any map is made."""
+    """A packed file need not have the size that it tells of: who reserves refuses, before any map is made."""
     with Region("1M", block_size=BLOCK) as region:
         header = region.save(path, compress="zstd")
     for size in (1 << 48, 1 << 56, (1 << 63) - (1 << 12)):

@@ -107,7 +107,7 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request,
                 errno.EINVAL, f"offset {offset} is not a multiple of the file's page size {exact_size(page_size)}"
             )
         if size < offset + request.size:
-            after = f" from offset {offset} on" if offset else ""
+            after = f" from offset {exact_size(offset)} on" if offset else ""
             raise ReserveError(
                 errno.EINVAL,
                 f"the template has {exact_size(max(0, size - offset))}{after} "
