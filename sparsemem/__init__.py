@@ -42,6 +42,7 @@ from sparsemem.listeners import Listener
 from sparsemem.region import BlockState, Region
 from sparsemem.snapshot import Snapshot
 from sparsemem.statistics import Stats
+from sparsemem.stray import StrayAccess
 from sparsemem.units import format_size, parse_size
 
 __version__ = "0.1.0"
@@ -77,6 +78,7 @@ __all__ = [
     "SnapshotIOError",
     "SparseMemError",
     "Stats",
+    "StrayAccess",
     "Tmpfs",
     "UnsupportedError",
     "ViewsAliveError",

@@ -640,3 +640,27 @@ def test_backends_that_few_can_have(backend: Backend, path: Path) -> None:
             assert contents(region) == held
     except (UnsupportedError, OSError) as error:
         pytest.skip(f"needs root: for {backend} ({error})")
+
+
+@both
+@pytest.mark.parametrize("protection", ["trap", "guard", "prot_none"])
+@pytest.mark.parametrize("backend", [Anonymous(), Memfd()], ids=str)
+def test_memory_whose_unplugged_blocks_are_protected(
+    backend: Backend, protection: str, compress: str | None, path: Path
+) -> None:
+    try:
+        region = Region("16M", block_size=BLOCK, backend=backend, protection=protection)
+    except UnsupportedError as error:
+        pytest.skip(f"needs protection={protection} ({error})")
+    with region:
+        region.plug_runs([(0, 2), (4, 1)])
+        fill(region, 0, 2)
+        held = contents(region)
+        region.discard(4 * BLOCK, PAGE)
+        region.save(path, compress=compress)
+        with pytest.raises(UnsupportedError, match="does not go with dirty="):
+            region.save(path, dirty=True)
+        assert region.audit().ok
+    with Region.restore(path, backend=backend, protection=protection) as region:
+        assert contents(region) == held
+        assert region.audit().ok

@@ -126,15 +126,19 @@ def test_a_region_can_be_saved_over_the_file_that_it_shows(path: Path) -> None:
 
 def test_large_pages_can_be_mapped(path: Path) -> None:
     """Block 0 is at a multiple of 2 MiB in the file and in memory."""
-    saved(path)
+    with Region("64M", block_size="2M") as region:
+        told = region.save(path)
     with Region.restore(path, lazy=True) as region:
-        assert region.address % (2 << 20) == 0
+        assert region.address % (2 << 20) == told.data_offset % (2 << 20) == 0
 
 
 def test_what_cannot_be_mapped(path: Path) -> None:
     saved(path)
     with pytest.raises(ValueError, match="it does not go with backend="):
         Region.restore(path, lazy=True, backend=Memfd())
+    for protection in ("trap", "guard", "prot_none"):
+        with pytest.raises(UnsupportedError, match=f"it does not go with protection='{protection}'"):
+            Region.restore(path, lazy=True, protection=protection)
     with Region.restore(path) as region:
         region.save(path, compress="zstd")
     with pytest.raises(UnsupportedError, match="a compressed snapshot cannot be mapped"):

@@ -224,12 +224,17 @@ class Chain:
         """Bytes of all plugged blocks."""
         return self._newest.tables.runs.total * self.header.block_size
 
-    def template(self) -> tuple[Backend, Backend]:
+    def template(self, protection: str) -> tuple[Backend, Backend]:
         """A backend that shows the content: by the very file that is open, and by its path to tell people.
+
+        Args:
+            protection: The region's, which would take each page that is not there yet for an unplugged one.
 
         Raises:
             UnsupportedError: There is none.
         """
+        if protection != "none":
+            raise UnsupportedError(f"lazy=True has blocks without memory: it does not go with {protection=}")
         if self.header.compressed:
             raise UnsupportedError("lazy=True maps the file as it is: a compressed snapshot cannot be mapped")
         if len(self._sources) > 1:
@@ -274,10 +279,9 @@ class Chain:
         As if all their pages had been discarded: they come with the first access, and
         `Region.populate` gets them beforehand.
         """
-        runs, pages = self._newest.tables.runs, core.block_size // core.mapping.page_size
+        runs, shift = self._newest.tables.runs, core.shift
         core.blocks.adopt(runs)
-        for first, count in runs:
-            core.blocks.mark_pages(first * pages, count * pages, True)
+        core.blocks.mark_pages(core.byte_runs([(first << shift, count << shift) for first, count in runs]), True)
 
 
 @contextlib.contextmanager
