@@ -47,7 +47,7 @@ class Watch:
     def __init__(
         self, uffd: Userfaultfd, plugged: Any, shift: int, address: int, page_size: int, *, zero_page: bool, keeps: Any
     ) -> None:
-        self._keeps = (uffd, keeps)
+        self._keeps: Any = (uffd, keeps)
         what = ffi.new("sm_watched *", (uffd.c, plugged, address, page_size, shift, zero_page))
         error = ffi.new("int *")
         made = lib.sm_watch_new(what, error)
@@ -70,3 +70,4 @@ class Watch:
     def stop(self) -> None:
         """Ends the thread, once it has resolved what has come so far; does nothing in a child, which has none."""
         lib.sm_watch_stop(self._c)
+        self._keeps = None

@@ -206,12 +206,14 @@ void sm_watch_stop(sm_watch *w)
     while (write(w->stop, &one, sizeof one) < 0 && errno == EINTR)
         ;
     pthread_join(w->thread, NULL);
+    close(w->stop);
+    w->stop = -1;
 }
 
 void sm_watch_free(sm_watch *w)
 {
     sm_watch_stop(w);
-    if (w->stop >= 0)
+    if (w->stop >= 0)       /* it never started, or is the parent's */
         close(w->stop);
     free(w);
 }
