@@ -136,8 +136,6 @@ class KernelMapping(Mapping):
         self.protection = check_protection(request.protection)
         self._catches = request.catch
         require_protection(self._calls, area.kind, area.page_size, self.protection, thp=area.thp, catch=self._catches)
-        # What a stray access found no memory for is poisoned, and only MADV_DONTNEED heals that.
-        self._heals = request.catch and Step.DONTNEED not in self.recipe.discard
         self.protects = bool(PROTECTIONS[self.protection].protect)
         self._request = request
         self._numa_node = area.numa_node
@@ -327,8 +325,9 @@ class KernelMapping(Mapping):
 
     def prepare(self, job: Any, operation: str) -> None:
         steps = {
-            "populate": (Step.DONTNEED,) * self._heals
-            + self.recipe.populate(self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection),
+            "populate": self.recipe.populate(
+                self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection
+            ),
             "repopulate": self.recipe.again(self.strategy, self.protection),
             "recycle": self.recipe.recycle(self.strategy),
             "discard": self.recipe.release(self.protection),

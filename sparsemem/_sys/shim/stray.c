@@ -58,7 +58,8 @@ static void note(sm_watch *w, uint64_t offset, const struct uffd_msg *message)
 /*
  * Fills in one page and lets whoever waits for it go on: with the zero page where private
  * memory may have it, else with memory.  Where there is none left the page is poisoned, so
- * that the access is SIGBUS, as it is without protection; the next plug of the block heals it.
+ * that the access is SIGBUS, as it is without protection; that stays until it is filled in
+ * (a punch does not heal it, measured on 6.18), which the next plug of the block does.
  */
 static void resolve(const sm_watch *w, uint64_t address)
 {
