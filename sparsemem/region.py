@@ -205,6 +205,8 @@ class Region:
             self._catcher: Catcher | None = None
             blocks.adopt(given)  # before the backend touches anything, for the budget may refuse
             self._mapping: Mapping = _reserve(backend, self._request(given, dump, catch=catch_stray is not None))
+            if self._mapping.protection != protection:
+                raise UnsupportedError(f"{backend} has no protection={protection!r}")
             self._address = self._mapping.address
             self._core = Core(
                 mapping=self._mapping,
@@ -1082,17 +1084,13 @@ def _deferrable(deferral: Deferral | None, mapping: Mapping) -> Deferral | None:
 def _reserve(backend: Backend, request: Request) -> Mapping:
     """The backend's mapping; whatever system call failed in it, the error is ours and says of what."""
     try:
-        mapping = backend.reserve(request)
+        return backend.reserve(request)
     except SparseMemError:
         raise
     except OSError as error:
         raise ReserveError(
             error.errno, f"cannot reserve {exact_size(request.size)} of {backend}: {error.strerror}"
         ) from error
-    if mapping.protection != request.protection:
-        mapping.abandon()
-        raise UnsupportedError(f"{backend} has no protection={request.protection!r}")
-    return mapping
 
 
 def _control(progress: Progress | None, cancel: threading.Event | None, deadline: float | None) -> Control:

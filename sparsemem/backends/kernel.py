@@ -135,6 +135,8 @@ class KernelMapping(Mapping):
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
         self.protection = check_protection(request.protection)
         self._catches = request.catch
+        self._watch: Watch | None = None
+        self._uffd: Userfaultfd | None = None
         require_protection(self._calls, area.kind, area.page_size, self.protection, thp=area.thp, catch=self._catches)
         self.protects = bool(PROTECTIONS[self.protection].protect)
         self._request = request
@@ -191,7 +193,9 @@ class KernelMapping(Mapping):
         assert self._uffd is not None
         # The zero page where private memory can have it; shared memory gets a page, as by any fault.
         zero_page = self.page_size == PAGE_SIZE
-        return Watch(self._uffd, plugged, shift, self._address, self.page_size, zero_page=zero_page, keeps=keeps)
+        self._watch = Watch(self._uffd, plugged, shift, self._address, self.page_size, zero_page=zero_page, keeps=keeps)
+        self._watch.start()
+        return self._watch
 
     def room_to_protect(self, length: int) -> None:
         if self.protection != GUARD or self._surroundings is None:
@@ -257,7 +261,6 @@ class KernelMapping(Mapping):
 
     def _register(self, strategy: str) -> None:
         """Lets userfaultfd fill the memory, which somebody else's may have by now; or trap in it."""
-        self._uffd: Userfaultfd | None = None
         if self.protection == TRAP:
             self._arm()
         if self.protection == TRAP or self.strategy not in UFFD:
@@ -470,6 +473,8 @@ class KernelMapping(Mapping):
         self.close()
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()  # before the descriptor that it reads can be another one
         if self.protection == TRAP and self._uffd is not None:
             self._uffd.release(self._address, self.size)  # before the memory can be somebody else's
         self._owner = self._uffd = None

@@ -134,40 +134,36 @@ static void *handle(void *argument)
     return NULL;
 }
 
-/* Signals are for threads that run Python. */
-static int start(sm_watch *w)
+/* Its userfaultfd and bitmap must outlive it; NULL if there is no memory. */
+sm_watch *sm_watch_new(const sm_watched *what)
+{
+    sm_watch *w = calloc(1, sizeof *w);
+
+    if (!w)
+        return NULL;
+    w->what = *what;
+    w->pid = getpid();
+    w->stop = -1;
+    pthread_mutex_init(&w->mutex, NULL);
+    pthread_cond_init(&w->more, NULL);
+    return w;
+}
+
+/* Once; 0 or -errno.  Signals are for threads that run Python. */
+int sm_watch_start(sm_watch *w)
 {
     sigset_t all, before;
     int error;
 
+    w->stop = eventfd(0, EFD_CLOEXEC);
+    if (w->stop < 0)
+        return -errno;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     error = pthread_create(&w->thread, NULL, handle, w);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     w->started = !error;
     return -error;
-}
-
-/* NULL and -errno, or a thread that watches; its userfaultfd and bitmap must outlive it. */
-sm_watch *sm_watch_new(const sm_watched *what, int *error)
-{
-    sm_watch *w = calloc(1, sizeof *w);
-
-    if (!w) {
-        *error = -ENOMEM;
-        return NULL;
-    }
-    w->what = *what;
-    w->pid = getpid();
-    w->stop = eventfd(0, EFD_CLOEXEC);
-    pthread_mutex_init(&w->mutex, NULL);
-    pthread_cond_init(&w->more, NULL);
-    *error = w->stop < 0 ? -errno : start(w);
-    if (*error) {
-        sm_watch_free(w);
-        return NULL;
-    }
-    return w;
 }
 
 /* Waits until something was noted, and takes it; 0 once it has ended and nothing is left. */
