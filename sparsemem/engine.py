@@ -86,7 +86,7 @@ def prepared(mapping: Mapping, operation: str, shift: int) -> Any:
     job.shift = shift
     # A chunk is a multiple of every page size, huge ones included: the
     # reset of one must not split what the one before has populated.
-    chunk = DISCARD_CHUNK if operation in ("discard", "thin", "protect") else POPULATE_CHUNK
+    chunk = DISCARD_CHUNK if operation in ("discard", "thin", "empty", "protect") else POPULATE_CHUNK
     job.chunk = max(chunk, mapping.granule)
     mapping.prepare(job, operation)
     return job
@@ -97,7 +97,8 @@ class Work:
 
     Args:
         mapping: What to work on.
-        operation: "populate", "repopulate", "recycle", "discard", "thin", "protect" or an advice.
+        operation: "populate", "repopulate", "recycle", "discard", "thin", "empty", "protect" or an
+            advice.
         runs: What to work through, in units of `1 << shift` bytes.
         shift: The unit.
         threads: How many may work on it.

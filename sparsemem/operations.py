@@ -36,7 +36,8 @@ from sparsemem.errors import (
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Announcement, Listener
 from sparsemem.quick import Quick, QuickFailedError
-from sparsemem.runs import EMPTY, Runs, clip, join, single, subtract, to_blocks
+from sparsemem.recipes import TRAP
+from sparsemem.runs import EMPTY, Runs, clip, join, subtract, to_blocks
 from sparsemem.statistics import Tally
 from sparsemem.units import exact_size
 from sparsemem.warm import Warm
@@ -162,11 +163,13 @@ class Plug(Operation):
         *,
         strict: bool = True,
         fit: tuple[int, int, str] | None = None,
+        populate: bool = True,
         control: Control = UNWATCHED,
     ) -> None:
         super().__init__(core, claim)
         self._strict = strict
         self._fit = fit
+        self._populate = populate
         self._control = control
         self.found: int | None = None
         """The first block that `fit`, a count, an alignment and a kind of fit, has found."""
@@ -191,24 +194,38 @@ class Plug(Operation):
         if size == 0:
             claim.finish()
             return 0
-        # What is pending has its memory still, and is only made fresh.
-        pending = claim.select(Map.PENDING, True) if core.deferral is not None else EMPTY
-        fresh = core.block_runs(subtract(list(new), list(pending))) if pending.n else new
-        # Up front, because a memory control group's limit has no errno.
-        self._spend(fresh.total << core.shift)
+        self._works = self._populating(new) if self._populate else self._emptying(new)
         claim.charge(size)
-        self._works = [core.work("populate", fresh)] if fresh.n else []
-        if pending.n:
-            keep = core.deferral is not None and core.deferral.keep
-            self._works.append(core.work("repopulate" if keep else "recycle", pending))
         for work in self._works:
             self._run(work)
         # Only now: a listener may use the memory at once.
         self._announcement = Announcement(core.listeners, "on_plug", new if core.listeners else ())
         self._announcement.tell()
-        changed = claim.finish(plugged=new)
+        changed = claim.finish(plugged=new, empty=EMPTY if self._populate else new)
         core.tally.plugged(size, sum(work.calls for work in self._works), time.monotonic() - started)
         return changed
+
+    def _populating(self, new: Runs) -> list[Work]:
+        core, claim = self.core, self.claim
+        # What is pending has its memory still, and is only made fresh.
+        pending = claim.select(Map.PENDING, True) if core.deferral is not None else EMPTY
+        fresh = core.block_runs(subtract(list(new), list(pending))) if pending.n else new
+        # Up front, because a memory control group's limit has no errno.
+        self._spend(fresh.total << core.shift)
+        works = [core.work("populate", fresh)] if fresh.n else []
+        if pending.n:
+            keep = core.deferral is not None and core.deferral.keep
+            works.append(core.work("repopulate" if keep else "recycle", pending))
+        return works
+
+    def _emptying(self, new: Runs) -> list[Work]:
+        """As if it were populated and discarded at once: nothing stray or pending may show."""
+        core = self.core
+        require_discard(core.mapping)
+        if core.mapping.protection == TRAP:
+            raise UnsupportedError("populate=False does not go with protection='trap': the first access would trap")
+        core.blocks.mark_pages(EMPTY, True)
+        return [core.work("empty", new)]
 
     def _spend(self, size: int) -> None:
         core = self.core
@@ -481,34 +498,53 @@ def refill(core: Core, control: Control = UNWATCHED) -> int:
 
 
 class Inner(Operation):
-    """Discards or populates pages inside plugged blocks, which stay plugged."""
+    """Discards or populates pages inside plugged blocks, which stay plugged.
 
-    def __init__(
-        self, core: Core, claim: Claim, operation: str, offset: int, length: int, *, spend: bool = True
-    ) -> None:
-        super().__init__(core, claim)
+    Args:
+        core: The region's.
+        runs: Byte runs of whole pages.
+        operation: "thin", which discards, or "repopulate".
+        strict: Refuse blocks that are not plugged, or tainted; else they are left out.
+        spend: Whether it counts against the headroom.
+    """
+
+    def __init__(self, core: Core, runs: Runs, operation: str, *, strict: bool = True, spend: bool = True) -> None:
+        super().__init__(core, Claim(core.blocks, runs.widened(core.shift)))
         self._operation = operation
+        self._strict = strict
         self._spend = spend
-        self._range = (offset, length)
+        self._runs = runs
         self._work: Work | None = None
 
     def perform(self) -> int:
-        core, claim, (offset, length) = self.core, self.claim, self._range
+        core, claim = self.core, self.claim
         if self._operation == "thin":
             require_discard(core.mapping)
             # The map of such pages is made first: without it nothing may be discarded.
-            core.blocks.mark_pages(0, 0, True)
-        claim.take(Want.WITHIN_PLUGGED)
+            core.blocks.mark_pages(EMPTY, True)
+        claim.take(Want.WITHIN_PLUGGED, self._strict)
+        if not self._strict:
+            self._leave_out()
+        size = self._runs.total
         if self._operation == "repopulate" and self._spend:
-            core.gauge.spend(length)
-        self._work = Work(core.mapping, self._operation, single(offset, length, core.mapping.size, "byte"), 0)
+            core.gauge.spend(size)
+        self._work = Work(core.mapping, self._operation, self._runs, 0)
         try:
             self._work.run()
         except StepFailedError as failure:
             raise self._explain(failure) from None
-        self._mark()
+        core.blocks.mark_pages(self._runs, self._operation == "thin")
         claim.finish()
-        return length
+        return size
+
+    def _leave_out(self) -> None:
+        """Keeps only what lies in blocks that are plugged and not tainted."""
+        core, claim = self.core, self.claim
+        plugged, tainted = claim.select(Map.PLUGGED, True), claim.select(Map.TAINTED, True)
+        if plugged.total == claim.runs.total and not tainted.n:
+            return
+        usable = [(first << core.shift, n << core.shift) for first, n in subtract(plugged, tainted)]
+        self._runs = core.byte_runs(clip(self._runs, usable))
 
     def undo(self, error: BaseException | None) -> None:
         # What was populated stays, since it may hold content from before; what
@@ -522,10 +558,10 @@ class Inner(Operation):
 
     def _mark(self) -> None:
         assert self._work is not None
-        page = self.core.mapping.page_size
+        discards = self._operation == "thin"
         # A discard that failed may have done any part of its range: such pages may be absent, and that is no gap.
-        for first, count in self._work.begun() if self._operation == "thin" else self._work.done():
-            self.core.blocks.mark_pages(first // page, count // page, self._operation == "thin")
+        runs = self._work.begun() if discards else self._work.done()
+        self.core.blocks.mark_pages(self.core.byte_runs(runs), discards)
 
     def _explain(self, failure: StepFailedError) -> PopulateError | DiscardError:
         assert self._work is not None
@@ -537,7 +573,7 @@ class Inner(Operation):
                 f"cannot discard at offset {failure.offset}: {text}; {did} were",
                 discarded=tuple(done),
                 tainted=tuple(subtract(begun, done)),
-                remaining=tuple(subtract([self._range], begun)),
+                remaining=tuple(subtract(self._runs, begun)),
             )
         cause = self.core.mapping.diagnose(failure.errno, failure.offset)
         make = BackendExhaustedError if cause.exhausted else PopulateError

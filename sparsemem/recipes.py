@@ -134,6 +134,10 @@ class Recipe:
         """The steps that discard within a plugged block."""
         return self.discard + (self.blank if protection == TRAP else ())
 
+    def empty(self, protection: str = "none") -> tuple[Step, ...]:
+        """The steps of a plug that leaves populating to the first accesses."""
+        return PROTECTIONS[protection].lift + self.discard
+
     def ways(self, *, huge: bool, protection: str = "none") -> Mapping[str, tuple[Step, ...]]:
         """The strategies that there are, with their steps."""
         if protection == TRAP:

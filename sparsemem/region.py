@@ -60,7 +60,7 @@ from sparsemem.operations import (
     resize,
     unplug_at_once,
 )
-from sparsemem.runs import Runs, RunsInput, collect, index_of, single, subtract
+from sparsemem.runs import Runs, RunsInput, clip, collect, index_of, single, subtract
 from sparsemem.statistics import Stats, Tally
 from sparsemem.stray import Catcher, StrayAccess, check_callback
 from sparsemem.units import Size, exact_size, parse_size
@@ -258,7 +258,7 @@ class Region:
         core.blocks.adopt(core.block_runs(found))
         protect(core, look=self._headroom == "check")
         for offset, length in self._mapping.unpopulated:
-            execute(self._inner("repopulate", offset, length, spend=not self._mapping.adopts_pages))
+            execute(Inner(core, self._pages(offset, length), "repopulate", spend=not self._mapping.adopts_pages))
         self._mapping.settle()
 
     # ---- facts ----------------------------------------------------------------------------
@@ -302,6 +302,11 @@ class Region:
     def fresh(self) -> str:
         """What a freshly plugged block reads: "zero", or "file" for a template."""
         return self._mapping.fresh
+
+    @property
+    def can_unplug(self) -> bool:
+        """Whether the backend can give memory back (memfd_secret cannot)."""
+        return self._mapping.can_discard
 
     @property
     def protection(self) -> str:
@@ -460,6 +465,7 @@ class Region:
         count: int = 1,
         *,
         exist_ok: bool = False,
+        populate: bool = True,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         deadline: float | None = None,
@@ -472,6 +478,8 @@ class Region:
             first: The first block.
             count: How many blocks.
             exist_ok: Let blocks that are plugged already stay as they are.
+            populate: With False they get memory by the first access to each page, which
+                may fail as any fault may: as if they were plugged and discarded inside.
             progress: Called with `(bytes done, bytes in all)` about every 40 ms and
                 at the end, in this thread; what it raises stops the plug.
             cancel: When it is set, the plug stops within 50 ms and is rolled back.
@@ -488,18 +496,20 @@ class Region:
             BackendExhaustedError: There is not enough memory; `cause` says why.
             PopulateError: Something else failed.
             ListenerVetoError: A listener refused.
+            UnsupportedError: populate=False on memory that cannot be given back.
             RegionClosedError: It is closed.
         """
         control = _control(progress, cancel, deadline)
-        if control is UNWATCHED and plug_at_once(self._core, first, count):
+        if control is UNWATCHED and populate and plug_at_once(self._core, first, count):
             return count
-        return self._plug(single(first, count, self.nblocks), exist_ok, control)
+        return self._plug(single(first, count, self.nblocks), exist_ok, populate, control)
 
     def plug_runs(
         self,
         runs: RunsInput,
         *,
         exist_ok: bool = False,
+        populate: bool = True,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         deadline: float | None = None,
@@ -509,7 +519,8 @@ class Region:
         Args:
             runs: `(first, count)` pairs in any order, or a C-contiguous uint64
                 buffer of shape (n, 2).  Runs that touch are treated as one.
-            exist_ok: As for `plug`.
+            exist_ok: As for `plug`; so is `populate`.
+            populate: Whether they get memory now.
             progress: As for `plug`; so are `cancel` and `deadline`.
             cancel: When it is set, all of it is rolled back.
             deadline: Seconds from now.
@@ -521,7 +532,7 @@ class Region:
             BlockRangeError: A run is out of range, empty, or overlaps another.
             As `plug`.
         """
-        return self._plug(collect(runs, self.nblocks), exist_ok, _control(progress, cancel, deadline))
+        return self._plug(collect(runs, self.nblocks), exist_ok, populate, _control(progress, cancel, deadline))
 
     def plug_fit(self, count: int, *, align: int = 1, fit: str = "first") -> int | None:
         """Finds a place for `count` blocks and plugs them, with nobody in between.
@@ -663,11 +674,33 @@ class Region:
             DiscardError: The kernel failed.
             UnsupportedError: The backend cannot give memory back.
         """
-        operation = self._inner("thin", offset, length)
+        pages = self._pages(offset, length)
         self._core.blocks.check_open()
-        ((start, size),) = single(offset, length, self._size, "byte")
+        ((start, size),) = pages
         warn_of_split(self._mapping, start, size, stacklevel=2)
-        execute(operation)
+        execute(Inner(self._core, pages, "thin"))
+
+    def discard_runs(self, runs: RunsInput, *, missing_ok: bool = False) -> int:
+        """Gives many pages inside plugged blocks back at once; the blocks stay plugged.
+
+        As `discard`, but without the warning of split huge pages: whoever hands over
+        scattered pages means to.
+
+        Args:
+            runs: `(offset, length)` pairs in bytes, multiples of `page_size`, in any
+                order, or a C-contiguous uint64 buffer of shape (n, 2).
+            missing_ok: Leave out what lies in blocks that are not plugged, or tainted.
+
+        Returns:
+            The bytes that were discarded.
+
+        Raises:
+            As `discard`.
+        """
+        pages = collect(runs, self._size, "byte")
+        self._core.blocks.check_open()
+        self._check_pages(pages)
+        return execute(Inner(self._core, pages, "thin", strict=not missing_ok)) if pages.n else 0
 
     def populate(self, offset: int, length: int) -> None:
         """Populates pages inside plugged blocks again; what they hold stays.
@@ -684,7 +717,7 @@ class Region:
             BlockStateError: A block is not plugged, or tainted.
             PopulateError: The kernel failed.
         """
-        execute(self._inner("repopulate", offset, length))
+        execute(Inner(self._core, self._pages(offset, length), "repopulate"))
 
     def collapse(self, first: int, count: int = 1) -> int:
         """Has the kernel put what plugged blocks hold into huge pages, which discards and small populates undo.
@@ -746,21 +779,27 @@ class Region:
         """
         self._advise("pageout", first, count)
 
-    def scrub(self) -> int:
+    def scrub(self, first: int = 0, count: int | None = None) -> int:
         """Tries again to discard tainted blocks.
 
         Those that were to be unplugged are unplugged then.
+
+        Args:
+            first: The first block that it may be.
+            count: How many from there on; None is all.
 
         Returns:
             The number of blocks that are mended; what fails again stays tainted.
 
         Raises:
+            BlockRangeError: There are no such blocks.
             UnsupportedError: The backend cannot give memory back.
         """
         require_discard(self._mapping)
         self._core.blocks.check_open()
+        within = single(first, self.nblocks - first if count is None else count, self.nblocks)
         mended = 0
-        for first, count in list(self.tainted_runs()):
+        for first, count in clip(self.tainted_runs(), within):
             claim = Claim(self._core.blocks, single(first, count, self.nblocks))
             try:
                 execute(Unplug(self._core, claim, want=Want.TAINTED_ONLY))
@@ -828,8 +867,9 @@ class Region:
         self._core.blocks.check_open()
         return refill(self._core, _control(progress, cancel, deadline))
 
-    def _plug(self, runs: Runs, exist_ok: bool, control: Control) -> int:
-        return execute(Plug(self._core, Claim(self._core.blocks, runs), strict=not exist_ok, control=control))
+    def _plug(self, runs: Runs, exist_ok: bool, populate: bool, control: Control) -> int:
+        claim = Claim(self._core.blocks, runs)
+        return execute(Plug(self._core, claim, strict=not exist_ok, populate=populate, control=control))
 
     def _unplug(self, runs: Runs, missing_ok: bool, control: Control = UNWATCHED) -> int:
         return execute(Unplug(self._core, Claim(self._core.blocks, runs), strict=not missing_ok, control=control))
@@ -838,15 +878,17 @@ class Region:
         claim = Claim(self._core.blocks, single(first, count, self.nblocks))
         return execute(Advise(self._core, claim, advice))
 
-    def _inner(self, operation: str, offset: int, length: int, *, spend: bool = True) -> Inner:
-        ((start, size),) = single(offset, length, self._size, "byte")
-        if start % self._page_size or size % self._page_size:
+    def _pages(self, offset: int, length: int) -> Runs:
+        pages = single(offset, length, self._size, "byte")
+        self._check_pages(pages)
+        return pages
+
+    def _check_pages(self, runs: Runs) -> None:
+        if not runs.are_multiples(self._page_size):
+            start, size = next(run for run in runs if any(edge % self._page_size for edge in run))
             raise BlockRangeError(
                 f"bytes {start} to {start + size - 1} are not whole pages of {exact_size(self._page_size)}"
             )
-        first, count = self.blocks(start, size, "outward")
-        claim = Claim(self._core.blocks, single(first, count, self.nblocks))
-        return Inner(self._core, claim, operation, start, size, spend=spend)
 
     # ---- views ----------------------------------------------------------------------------
 

@@ -173,6 +173,10 @@ class Mapping(abc.ABC):
         """As `discard`, but within a plugged block, which stays accessible.  For `Region.discard`."""
         self.discard(offset, length)
 
+    def empty(self, offset: int, length: int) -> None:
+        """Makes a block accessible that has nothing yet: each page comes with its first access."""
+        self.discard(offset, length)
+
     @abc.abstractmethod
     def resident(self, offset: int, length: int) -> Iterator[Run] | None:
         """Maximal ascending `(offset, length)` runs of memory in use; None if nobody can tell."""
@@ -246,7 +250,7 @@ class Mapping(abc.ABC):
     def prepare(self, job: Any, operation: str) -> None:  # noqa: B027 - a hook
         """Fills in what `advance` needs.
 
-        `operation` is populate, repopulate, recycle, discard, thin, protect or an advice.
+        `operation` is populate, repopulate, recycle, discard, thin, empty, protect or an advice.
         """
 
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:

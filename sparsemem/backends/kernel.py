@@ -335,6 +335,7 @@ class KernelMapping(Mapping):
             "recycle": self.recipe.recycle(self.strategy),
             "discard": self.recipe.release(self.protection),
             "thin": self.recipe.thin(self.protection),
+            "empty": self.recipe.empty(self.protection),
             "protect": PROTECTIONS[self.protection].protect,
             **ADVICE,
         }[operation]

@@ -37,6 +37,11 @@ enum {
 
 int sm_runs_normalise(sm_run *runs, size_t *nruns, uint64_t limit, sm_run *bad);
 uint64_t sm_runs_total(const sm_run *runs, size_t nruns);
+int sm_runs_aligned(const sm_run *runs, size_t nruns, uint64_t unit);
+size_t sm_runs_within(const sm_run *runs, size_t nruns, sm_run window, uint64_t base,
+                      unsigned shift, sm_run *out);
+size_t sm_runs_widen(const sm_run *runs, size_t nruns, unsigned shift, sm_run *out);
+size_t sm_runs_of_frames(const void *frames, size_t n, uint32_t *scratch, sm_run *out);
 
 /* ---- bits: a bitmap in little-endian bit order ---------------------------- */
 
@@ -51,6 +56,9 @@ size_t sm_bits_runs(const uint64_t *words, uint64_t from, uint64_t to, int value
                     sm_run *out, size_t capacity, uint64_t *next);
 int sm_bits_find(const uint64_t *words, uint64_t nbits, uint64_t count, uint64_t align,
                  int fit, uint64_t *where);
+void sm_bits_fill_runs(uint64_t *words, const sm_run *runs, size_t nruns, int value);
+size_t sm_bits_whole(const uint64_t *words, const sm_run *runs, size_t nruns, unsigned shift,
+                     sm_run *out);
 
 /* ---- budget: bytes shared by several block maps ---------------------------- */
 
@@ -77,8 +85,8 @@ typedef struct sm_claim {
 } sm_claim;
 
 typedef struct {            /* what an operation has come to            */
-    const sm_run *plugged, *unplugged, *tainted, *healed, *pending;
-    size_t nplugged, nunplugged, ntainted, nhealed, npending;
+    const sm_run *plugged, *unplugged, *tainted, *healed, *pending, *empty;
+    size_t nplugged, nunplugged, ntainted, nhealed, npending, nempty;
 } sm_outcome;
 
 typedef struct {
@@ -96,7 +104,7 @@ size_t sm_blocks_runs(sm_blocks *blocks, int which, int value, uint64_t from, ui
                       sm_run *out, size_t capacity, uint64_t *next);
 uint64_t sm_blocks_count_runs(sm_blocks *blocks, int which, int value);
 int sm_blocks_find(sm_blocks *blocks, uint64_t count, uint64_t align, int fit, uint64_t *where);
-int sm_blocks_mark_pages(sm_blocks *blocks, uint64_t first, uint64_t count, int discarded);
+int sm_blocks_mark_pages(sm_blocks *blocks, const sm_run *bytes, size_t nruns, int discarded);
 size_t sm_blocks_discarded_runs(sm_blocks *blocks, uint64_t from, uint64_t to, sm_run *out,
                                 size_t capacity, uint64_t *next);
 int sm_blocks_adopt(sm_blocks *blocks, const sm_run *runs, size_t nruns);
@@ -268,6 +276,11 @@ int sm_quick_plug(sm_quick *quick, int64_t first, int64_t count);
 int sm_quick_unplug(sm_quick *quick, int64_t first, int64_t count);
 void sm_blocks_watch(sm_blocks *blocks, int watched);
 
+/* ---- a 16-bit number that others use, too: -EFAULT where there is no page for it ----- */
+
+int sm_shared_load16(uint64_t address);
+int sm_shared_store16(uint64_t address, uint16_t value);
+
 /* ---- single system calls --------------------------------------------------- */
 
 int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable, int locked,
@@ -275,6 +288,8 @@ int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable,
 int sm_reserve_placeholder(uint64_t address, uint64_t length);
 int sm_unmap(uint64_t address, uint64_t length);
 int sm_madvise(uint64_t address, uint64_t length, int advice);
+int sm_read_memory(uint64_t address, void *out, uint64_t length);
+int sm_write_memory(uint64_t address, const void *data, uint64_t length);
 int sm_protect(uint64_t address, uint64_t length, int access);
 int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 int sm_memfd_create(const char *name, unsigned flags);
