@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sparsemem import (
     Anonymous,
     BackendExhaustedError,
+    Cause,
     DiscardError,
     File,
     Memfd,
@@ -519,6 +520,7 @@ def test_prot_none_with_no_mappings_left_changes_nothing(way: str) -> None:
                 region.plug_runs([(i * 2 + 64, 1) for i in range(most)])
             assert failed.value.errno == 12
             assert not isinstance(failed.value, BackendExhaustedError)
+            assert failed.value.cause is Cause.MAPPINGS
             region.scrub()
             assert region.plugged_size == 0
             assert region.audit().ok
