@@ -32,6 +32,7 @@ class Cause(enum.Enum):
     CAPACITY = "the simulated capacity is used up"
     FILE_TRUNCATED = "the file ends before the block (truncated underneath?)"
     MAPPING_HOLE = "something unmapped a part of the region"
+    MAPPINGS = "the process has as many mappings as it may (vm.max_map_count)"
     PROTECTION = "the mapping does not allow it"
     POISONED = "a page is poisoned by a hardware error"
     UNKNOWN = "the kernel did not say why"

@@ -127,8 +127,8 @@ class Region:
             "trap": userfaultfd; an access is SIGBUS and a system call EFAULT, for no
             memory at all, but without transparent huge pages.  Not on files on disks.
             "guard": guard pages, SIGSEGV and EFAULT; they take page tables, 2 MiB for
-            each GiB of the region and 4 s for each TiB when it is made (measured).  Not on
-            hugetlb.  "prot_none": mprotect, SIGSEGV and EFAULT; works on all kernels and
+            each GiB of the region, and 4 to 10 s for each TiB when it is made (measured).
+            Not on hugetlb.  "prot_none": mprotect, SIGSEGV and EFAULT; works on all kernels and
             mappings, but each run of plugged blocks is a mapping of its own then, of
             which a process has 65530 (vm.max_map_count): an unplug that finds none left
             is a `DiscardError` that has changed nothing.  See docs/hazards.md.
@@ -208,6 +208,8 @@ class Region:
             self._catcher: Catcher | None = None
             blocks.adopt(given)  # before the backend touches anything, for the budget may refuse
             self._mapping: Mapping = _reserve(backend, self._request(given, dump, catch=catch_stray is not None))
+            if self._mapping.protection != protection:
+                raise UnsupportedError(f"{backend} has no protection={protection!r}")
             self._address = self._mapping.address
             self._core = Core(
                 mapping=self._mapping,
@@ -661,7 +663,8 @@ class Region:
 
         The pages read zero (or the template) and are populated again by the next
         access, which may fail as any fault may.  Balloons, hinting and reporting
-        work like this.  With transparent huge pages, discarding a part of one may
+        work like this.  With protection="trap" they trap on shared memory and hugetlb,
+        until `populate` brings them back.  With transparent huge pages, discarding a part of one may
         free nothing until the kernel splits it: there is a `HugePageSplitWarning`
         first, where the kernel tells which pages are huge (Linux 6.7).
 
@@ -902,7 +905,8 @@ class Region:
         Without arguments it is the whole reservation, for a VMM that maps all of
         it.  That view holds off close but not unplug: a store to an unplugged
         block populates it behind the region's back, and so does a load of shared
-        memory; when the backend has nothing left, the access raises SIGBUS.
+        memory; when the backend has nothing left, the access raises SIGBUS.  With a
+        `protection` it always raises a signal, but for what `catch_stray` is told of.
 
         Args:
             first: The first block.
@@ -1280,17 +1284,13 @@ def _deferrable(deferral: Deferral | None, mapping: Mapping) -> Deferral | None:
 def _reserve(backend: Backend, request: Request) -> Mapping:
     """The backend's mapping; whatever system call failed in it, the error is ours and says of what."""
     try:
-        mapping = backend.reserve(request)
+        return backend.reserve(request)
     except SparseMemError:
         raise
     except OSError as error:
         raise ReserveError(
             error.errno, f"cannot reserve {exact_size(request.size)} of {backend}: {error.strerror}"
         ) from error
-    if mapping.protection != request.protection:
-        mapping.abandon()
-        raise UnsupportedError(f"{backend} has no protection={request.protection!r}")
-    return mapping
 
 
 def _control(progress: Progress | None, cancel: threading.Event | None, deadline: float | None) -> Control:

@@ -228,10 +228,14 @@ def removes_forbidden(calls: Calls) -> bool:
 
 
 def _accessible(address: int) -> bool:
-    """Whether a byte there can be written, found without a signal; it becomes zero."""
+    return writable(memoryview(ffi.buffer(ffi.cast("char *", address), 1)))
+
+
+def writable(memory: memoryview) -> bool:
+    """Whether memory can be written, found without a signal; it becomes zero."""
     zeroes = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.readv(zeroes, [ffi.buffer(ffi.cast("char *", address), 1)])
+        os.readv(zeroes, [memory])
         return True
     except OSError as error:
         if error.errno == errno.EFAULT:

@@ -170,13 +170,25 @@ def shared_anonymous(calls: Calls, address: int, size: int, offset: int, length:
 def shared_anonymous_data(calls: Calls, address: int, size: int, offset: int, length: int) -> list[Extent] | None:
     """The same with swapped pages surely included; None if one may not see it."""
     try:
-        fd = os.open(f"/proc/self/map_files/{address:x}-{address + size:x}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # not allowed, or something has split the mapping
+        fd = _open_behind(address, size)
+    except OSError:  # not allowed
         return None
     try:
         return list(file_data(calls, fd, offset, offset + length))
     finally:
         os.close(fd)
+
+
+def _open_behind(address: int, size: int) -> int:
+    """The file of a mapping, which may be split by now (PROT_NONE, for one): its first part is of the same file."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(f"/proc/self/map_files/{address:x}-{address + size:x}", flags)
+    except FileNotFoundError:
+        with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+            parts = (line.split(maxsplit=1)[0] for line in maps)
+            first = next((part for part in parts if int(part.split("-")[0], 16) == address), "")
+        return os.open(f"/proc/self/map_files/{first}", flags)
 
 
 def page_cache(address: int, length: int) -> Iterator[Extent]:

@@ -20,6 +20,7 @@ from sparsemem._sys.files import (
     group_limits,
     huge_group_limits,
     huge_pool,
+    mappings_used_up,
     user_reserve,
 )
 from sparsemem.backends.base import Limit
@@ -96,7 +97,7 @@ class Surroundings:
         if tight:
             return min(tight, key=lambda limit: limit.available).cause
         if code == errno.ENOMEM:
-            return Cause.MAPPING_HOLE
+            return Cause.MAPPINGS if mappings_used_up(self._files) else Cause.MAPPING_HOLE
         # A fault that nothing else explains: a guard page, or a userfaultfd.
         return Cause.PROTECTION if code == errno.EFAULT else Cause.UNKNOWN
 

@@ -30,6 +30,7 @@ from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.backends.numa import bind
 from sparsemem.backends.protection import check_protection, require_protection
 from sparsemem.backends.strategies import UFFD, check_strategy, choose_strategy
+from sparsemem.backends.trap import Trap
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
 from sparsemem.recipes import (
     ADVICE,
@@ -141,10 +142,9 @@ class KernelMapping(Mapping):
         # Not where something stands in the kernel's place: that must see every call.
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
         self.protection = check_protection(request.protection)
-        self._catches = request.catch
-        require_protection(self._calls, area.kind, area.page_size, self.protection, thp=area.thp, catch=self._catches)
-        # What a stray access found no memory for is poisoned, and only MADV_DONTNEED heals that.
-        self._heals = request.catch and Step.DONTNEED not in self.recipe.discard
+        self._trap: Trap | None = None
+        self._uffd: Userfaultfd | None = None
+        require_protection(self._calls, area.kind, area.page_size, self.protection, thp=area.thp, catch=request.catch)
         self.protects = bool(PROTECTIONS[self.protection].protect)
         self._request = request
         self._numa_node = area.numa_node
@@ -201,10 +201,8 @@ class KernelMapping(Mapping):
         self.adopts_pages = self.recipe.evidence is Evidence.MAPPED_PAGES
 
     def watch(self, plugged: Any, shift: int, keeps: Any) -> Watch:
-        assert self._uffd is not None
-        # The zero page where private memory can have it; shared memory gets a page, as by any fault.
-        zero_page = self.page_size == PAGE_SIZE
-        return Watch(self._uffd, plugged, shift, self._address, self.page_size, zero_page=zero_page, keeps=keeps)
+        assert self._trap is not None
+        return self._trap.watch(plugged, shift, keeps)
 
     def room_to_protect(self, length: int) -> None:
         if self.protection != GUARD or self._surroundings is None:
@@ -271,11 +269,13 @@ class KernelMapping(Mapping):
 
     def _register(self, strategy: str) -> None:
         """Lets userfaultfd fill the memory, which somebody else's may have by now; or trap in it."""
-        self._uffd: Userfaultfd | None = None
         self._tracked = False
         if self.protection == TRAP:
-            self._arm()
-        if self.protection == TRAP or self.strategy not in UFFD:
+            self._trap = Trap(self._calls, self.page_size, catch=self._request.catch)
+            self._uffd = self._trap.uffd
+            self._trap.arm(self._address, self.size)
+            return
+        if self.strategy not in UFFD:
             return
         try:
             self._uffd = self._registered()
@@ -283,15 +283,6 @@ class KernelMapping(Mapping):
             if strategy != "auto":
                 raise ReserveError(error.errno, f"userfaultfd refuses the mapping: {error.strerror}") from error
             self.strategy = POPULATE_WRITE
-
-    def _arm(self) -> None:
-        """Traps all that is missing, with a descriptor of the region's own: for a range there can be only one."""
-        try:
-            purpose = uffd.Purpose.CATCH if self._catches else uffd.Purpose.TRAP
-            self._uffd = Userfaultfd(self._calls, purpose, self.page_size)
-            self._uffd.register(self._address, self.size)
-        except OSError as error:
-            raise ReserveError(error.errno, f"userfaultfd does not trap in the mapping: {error.strerror}") from error
 
     def _registered(self) -> Userfaultfd:
         found = uffd.shared(self._calls)
@@ -340,8 +331,9 @@ class KernelMapping(Mapping):
 
     def prepare(self, job: Any, operation: str) -> None:
         steps = {
-            "populate": (Step.DONTNEED,) * self._heals
-            + self.recipe.populate(self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection),
+            "populate": self.recipe.populate(
+                self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection
+            ),
             "repopulate": self.recipe.again(self.strategy, self.protection),
             "recycle": self.recipe.recycle(self.strategy),
             "discard": self.recipe.release(self.protection),
@@ -518,20 +510,8 @@ class KernelMapping(Mapping):
     def after_fork_in_child(self) -> None:
         # Not ours to remove.
         self._unlink = None
-        if self.protection == TRAP and self._uffd is not None:
-            self._rearm_in_child(self._uffd)
-
-    def _rearm_in_child(self, inherited: Userfaultfd) -> None:
-        """A child's copy of the mapping traps nothing (measured on 6.18): one that it may use is armed anew."""
-        if not self.fork_inherits or self._catches:  # whose threads a child has not
-            inherited.drop()
-            return
-        try:
-            inherited.renew()
-            inherited.register(self._address, self.size)
-        except OSError as error:
-            inherited.drop()
-            _log.warning("stray accesses are not trapped in this child: %s", error)
+        if self._trap is not None:
+            self._trap.after_fork_in_child(usable=self.fork_inherits)
 
     def abandon(self) -> None:
         if self._restore is not None and self._fd is not None:
@@ -541,8 +521,8 @@ class KernelMapping(Mapping):
         self.close()
 
     def close(self) -> None:
-        if self.protection == TRAP and self._uffd is not None:
-            self._uffd.release(self._address, self.size)  # before the memory can be somebody else's
+        if self._trap is not None:
+            self._trap.release()
         self._owner = self._uffd = None
         self._surroundings = None  # the kernel's files close with the last who holds them
         if self._unlink is not None:

@@ -195,7 +195,8 @@ typedef struct {            /* what a thread watches                    */
 
 typedef struct sm_watch sm_watch;
 
-sm_watch *sm_watch_new(const sm_watched *what, int *error);
+sm_watch *sm_watch_new(const sm_watched *what);
+int sm_watch_start(sm_watch *watch);
 size_t sm_watch_wait(sm_watch *watch, sm_stray *out, size_t capacity);
 void sm_watch_counts(sm_watch *watch, uint64_t *caught, uint64_t *dropped);
 void sm_watch_stop(sm_watch *watch);
