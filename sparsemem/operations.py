@@ -34,7 +34,7 @@ from sparsemem.errors import (
 )
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Announcement, Listener
-from sparsemem.quick import Quick, QuickFailedError
+from sparsemem.quick import Quick
 from sparsemem.runs import EMPTY, Runs, clip, join, single, subtract, to_blocks
 from sparsemem.statistics import Tally
 from sparsemem.units import exact_size
@@ -80,7 +80,8 @@ class Core:
         if not mapping.parallel:
             threads = 1
         elif self.threads is None:
-            threads = workers.sensible(size, huge=mapping.huge)
+            scattered = operation == "discard" and size < runs.n * workers.WORTH_A_FLUSH
+            threads = 1 if scattered else workers.sensible(size, huge=mapping.huge)
         else:
             threads = workers.limited(self.threads, size)
         return Work(mapping, operation, runs, self.shift, threads=threads, unit=self.block_size)
@@ -126,14 +127,20 @@ def plug_at_once(core: Core, first: int, count: int) -> bool:
     Raises:
         PopulateError: It failed, and so did giving back what was populated.
     """
+    # Only plain integers: whatever else may be one, or be refused, is for the long way to judge.
+    if core.quick is None or not type(first) is type(count) is int:
+        return False
     try:
-        return core.quick is not None and core.quick.plug(first, count)
-    except QuickFailedError as failure:
-        core.gauge.forget()
-        core.tally.failed(rolled_back=True)
-        error = populate_error(core, failure.errno, first << core.shift, 0)
-        error.rolled_back = False
-        raise error from None
+        done = core.quick.plug(first, count)
+    except OverflowError:
+        return False
+    if done >= 0:
+        return bool(done)
+    core.gauge.forget()
+    core.tally.failed(rolled_back=True)
+    error = populate_error(core, -done, first << core.shift, 0)
+    error.rolled_back = False
+    raise error
 
 
 def unplug_at_once(core: Core, first: int, count: int) -> bool:
@@ -142,13 +149,18 @@ def unplug_at_once(core: Core, first: int, count: int) -> bool:
     Raises:
         DiscardError: It failed; the blocks are tainted.
     """
+    if core.quick is None or not type(first) is type(count) is int:
+        return False
     try:
-        return core.quick is not None and core.quick.unplug(first, count)
-    except QuickFailedError as failure:
-        core.tally.failed(rolled_back=False)
-        error = discard_error(failure.errno, first)
-        error.tainted = ((first, count),)
-        raise error from None
+        done = core.quick.unplug(first, count)
+    except OverflowError:
+        return False
+    if done >= 0:
+        return bool(done)
+    core.tally.failed(rolled_back=False)
+    error = discard_error(-done, first)
+    error.tainted = ((first, count),)
+    raise error
 
 
 class Plug(Operation):

@@ -8,7 +8,8 @@ kernel, and the table in the documentation is made from it.
 
 Each populate starts with the discard: a stray write may have put something
 into an unplugged block, and a plugged block must read zero (or its template).
-A discard of empty memory costs 1-7 us.
+A discard of empty memory costs 1-7 us.  Only pages that the kernel itself refuses to
+put where there are any (userfaultfd's) come before it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Step(enum.Enum):
     COLD = "madvise(MADV_COLD)"
     PAGEOUT = "madvise(MADV_PAGEOUT)"
     ZERO = "read(/dev/zero)"
+
+
+FILLS = (Step.UFFD_COPY, Step.UFFD_ZEROPAGE)
+"""Steps that put pages only where nothing is, and never fail: what they did not do is for those after them."""
 
 
 class Kind(enum.Enum):
@@ -108,9 +113,12 @@ class Recipe:
         return self.discard
 
     def populate(self, strategy: str, *, huge: bool = False, warm: bool = False) -> tuple[Step, ...]:
-        """All steps of a plug: move from the warm pool, or reset, fault and cleanse."""
-        move = (Step.MOVE,) if warm else ()
-        return move + self.reset + self.ways(huge=huge)[strategy] + self.cleanse
+        """All steps of a plug: what puts pages only where nothing is, or reset, fault and cleanse."""
+        way = self.ways(huge=huge)[strategy]
+        # Moving and filling are refused where there is anything, so they come before the
+        # reset; the rest is for the chunks in which they were.
+        fill = max((i + 1 for i, step in enumerate(way) if step in FILLS), default=0)
+        return ((Step.MOVE,) if warm else ()) + way[:fill] + self.reset + way[fill:] + self.cleanse
 
     def ways(self, *, huge: bool) -> Mapping[str, tuple[Step, ...]]:
         """The strategies that there are, with their steps."""
@@ -157,8 +165,9 @@ _FAULT = {POPULATE_WRITE: (Step.POPULATE_WRITE,), TOUCH: (Step.TOUCH,), FUTEX: (
 # Without touch, which leaves a zero in each page.
 _KEEP = {POPULATE_WRITE: (Step.POPULATE_WRITE,), FUTEX: (Step.FUTEX,)}
 
-_FILL = {UFFD_COPY: (Step.UFFD_COPY,), **_FAULT}
-_FILL_SHMEM = {UFFD_ZEROPAGE: (Step.UFFD_ZEROPAGE,), **_FILL}
+# What they do not fill is populated.
+_FILL = {UFFD_COPY: (Step.UFFD_COPY, Step.POPULATE_WRITE), **_FAULT}
+_FILL_SHMEM = {UFFD_ZEROPAGE: (Step.UFFD_ZEROPAGE, Step.POPULATE_WRITE), **_FILL}
 
 # fallocate first: it has an errno of its own (ENOSPC) where a fault has only
 # EFAULT.  Never on a private mapping: it would pay for pages that the private
@@ -182,8 +191,9 @@ _ONCE = {
     TOUCH: (Step.TOUCH, Step.PUNCH),
     FUTEX: (Step.FUTEX, Step.PUNCH),
 }
-# UFFDIO_COPY fills in private pages alone; what it cannot do is populated the other way.
-_ONCE_FILLED = {UFFD_COPY: (Step.UFFD_COPY, Step.PUNCH), **_ONCE}
+# UFFDIO_COPY fills in private pages alone, and looks at no page of the file that nobody has
+# mapped: so that goes first.
+_ONCE_FILLED = {UFFD_COPY: (Step.PUNCH, Step.UFFD_COPY, *_ONCE[POPULATE_WRITE]), **_ONCE}
 
 # A discard walks the page tables of what it covers, at about 0.4 us a MiB of nothing;
 # beyond that a range of its own in a vectored call is cheaper (measured: 1 MiB gaps

@@ -448,10 +448,9 @@ class Region:
             ListenerVetoError: A listener refused.
             RegionClosedError: It is closed.
         """
-        control = _control(progress, cancel, deadline)
-        if control is UNWATCHED and plug_at_once(self._core, first, count):
+        if progress is None and cancel is None and deadline is None and plug_at_once(self._core, first, count):
             return count
-        return self._plug(single(first, count, self.nblocks), exist_ok, control)
+        return self._plug(single(first, count, self.nblocks), exist_ok, _control(progress, cancel, deadline))
 
     def plug_runs(
         self,
@@ -540,10 +539,9 @@ class Region:
             UnsupportedError: The backend cannot give memory back.
             RegionClosedError: It is closed.
         """
-        control = _control(progress, cancel, deadline)
-        if control is UNWATCHED and unplug_at_once(self._core, first, count):
+        if progress is None and cancel is None and deadline is None and unplug_at_once(self._core, first, count):
             return count
-        return self._unplug(single(first, count, self.nblocks), missing_ok, control)
+        return self._unplug(single(first, count, self.nblocks), missing_ok, _control(progress, cancel, deadline))
 
     def unplug_runs(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from shlex import quote
 
 from sparsemem.bench.model import BYTES, RATE, SECONDS, Result, Row, Spread
 from sparsemem.bench.outcome import Judged, Outcome, ratio_of
@@ -21,7 +20,7 @@ One run of `sparsemem bench`, on one machine; what another gives is best measure
 20 GiB of free memory, a C compiler, numpy and nothing else running:
 
 ```console
-$ sparsemem bench {command} > benchmarks/RESULTS.md
+{commands}
 ```
 
 All ways of a case take turns in one process, for {rounds} rounds after one that does not count. A figure is the median
@@ -151,11 +150,11 @@ def targets_text(outcome: Outcome) -> str:
 # ---- Markdown ----------------------------------------------------------------------------------
 
 
-def report(outcome: Outcome, arguments: Iterable[str]) -> str:
-    """All of it as a document; the arguments are those of the command."""
+def report(outcome: Outcome, commands: Iterable[str]) -> str:
+    """All of it as a document; the commands are those that give it."""
     machine = _markdown([("", ""), *outcome.machine.items()])
-    command = " ".join(map(quote, arguments))
-    parts = [_INTRODUCTION.format(command=command, rounds=outcome.scale.rounds, machine=machine)]
+    shown = "\n".join(f"$ {command}" for command in commands)
+    parts = [_INTRODUCTION.format(commands=shown, rounds=outcome.scale.rounds, machine=machine)]
     parts.append(f"## The targets\n\n{_summary(outcome)}.\n\n{_markdown([_TARGETS, *_target_rows(outcome)])}\n")
     for result in outcome.results:
         parts.append(f"## {result.case.name}\n\n{result.case.title[0].upper()}{result.case.title[1:]}.\n")

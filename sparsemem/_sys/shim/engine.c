@@ -81,12 +81,17 @@ static int vector_advice(unsigned step)
     case SM_STEP_REMOVE:
         return MADV_REMOVE;
     case SM_STEP_POPULATE_WRITE:
-    case SM_STEP_UFFD_COPY:             /* only for larger ranges worth a call each     */
-    case SM_STEP_UFFD_ZEROPAGE:
         return MADV_POPULATE_WRITE;
     default:
         return -1;
     }
+}
+
+/* Many small ranges are not worth a call each: they are left to the populate that follows,
+ * which takes them all in one. */
+static int is_fill(unsigned step)
+{
+    return step == SM_STEP_UFFD_COPY || step == SM_STEP_UFFD_ZEROPAGE;
 }
 
 /* The ranges' bytes [*did, total): *did grows by what was done. */
@@ -196,6 +201,8 @@ static int step_over(sm_job *job, int self, unsigned step, const sm_run *ranges,
                      uint64_t total, uint64_t *did)
 {
     *did = 0;
+    if (self >= 0 && n >= WORTH_A_VECTOR && is_fill(step))
+        return 0;
     if (self >= 0 && n >= WORTH_A_VECTOR && vector_advice(step) >= 0) {
         int error = issue_vector(job, self, step, ranges, n, total, did);
         /* EINVAL: locked since (see dontneed); the loop knows what to do. */
@@ -255,9 +262,10 @@ static int all_steps(sm_job *job, int self, unsigned most)
     unsigned n = gather(job, most, ranges, &total);
 
     job->begun = moved(job, job->at, total);
-    job->warmed = 0;
-    /* What came from the warm pool is populated: no step is left for it. */
-    for (unsigned i = 0; i < job->nsteps && job->warmed < total; i++) {
+    job->placed = 0;
+    /* Fresh pages that were put where nothing was: no step is left for such a chunk.  (No
+     * byte is placed twice, so their sum is the chunk only if all of it was.) */
+    for (unsigned i = 0; i < job->nsteps && job->placed < total; i++) {
         int error = step_over(job, self, job->steps[i], ranges, n, total, &did);
         if (error == -EINTR)
             return error;
@@ -284,7 +292,7 @@ static int told_to_stop(const sm_job *job)
  */
 static int advance(sm_job *job, uint64_t budget_ns)
 {
-    int64_t start = clock_ns();
+    int64_t start = budget_ns == UINT64_MAX ? 0 : clock_ns();
     /* Opened for each slice, for one that outlived a fork would mean the parent. */
     int self = job->vectored && job->nruns > WORTH_A_VECTOR
                    ? (int)syscall(SYS_pidfd_open, getpid(), 0) : -1;
@@ -297,6 +305,7 @@ static int advance(sm_job *job, uint64_t budget_ns)
         }
         code = all_steps(job, self, self < 0 ? 1 : BATCH);
         if (code == -EINTR || (code == SM_OK && job->at.run < job->nruns &&
+                               budget_ns != UINT64_MAX &&
                                (uint64_t)(clock_ns() - start) >= budget_ns))
             code = SM_MORE;
     }

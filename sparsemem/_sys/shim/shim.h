@@ -47,7 +47,7 @@ void sm_bits_free(uint64_t *words, uint64_t nbits);
 void sm_bits_fill(uint64_t *words, uint64_t first, uint64_t count, int value);
 uint64_t sm_bits_count(const uint64_t *words, uint64_t first, uint64_t count);
 uint64_t sm_bits_next(const uint64_t *words, uint64_t from, uint64_t to, int value);
-size_t sm_bits_runs(const uint64_t *words, uint64_t from, uint64_t to, int value,
+size_t sm_bits_runs(const uint64_t *words, int value, uint64_t from, uint64_t to,
                     sm_run *out, size_t capacity, uint64_t *next);
 int sm_bits_find(const uint64_t *words, uint64_t nbits, uint64_t count, uint64_t align,
                  int fit, uint64_t *where);
@@ -151,7 +151,7 @@ typedef struct {            /* the threads that work on one operation   */
 
 typedef struct {            /* a userfaultfd, of one process            */
     int fd;
-    int pid;
+    char *ours;             /* a byte that is 1, and 0 in a child       */
     char *zeroes;           /* so many bytes of the zero page           */
     uint64_t nzeroes;
 } sm_uffd;
@@ -204,7 +204,7 @@ typedef struct {
     sm_crew *crew;          /* NULL if one thread does all              */
     const sm_uffd *uffd;    /* or NULL                                  */
     sm_warm *warm;          /* or NULL                                  */
-    uint64_t warmed;        /* bytes of this chunk that came from there */
+    uint64_t placed;        /* bytes of this chunk put where nothing was */
     sm_fault *fault;        /* NULL but in tests                        */
 } sm_job;
 

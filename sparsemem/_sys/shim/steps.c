@@ -134,36 +134,38 @@ static int zero(char *at, uint64_t length, uint64_t *calls)
 /*
  * Fills pages through userfaultfd, with zeroes: cheaper than a fault a page.  The
  * mapping is registered for write protection, which nothing here uses: for that mode
- * the kernel lets us fill, and neither traps accesses nor bars huge pages.  Whatever it
- * does not do (a page that is there already, a mapping that changed, no memory) is
- * left to MADV_POPULATE_WRITE, which goes on and says why not.
+ * the kernel lets us fill, and neither traps accesses nor bars huge pages.
  *
- * In a child after fork() the descriptor would still fill the parent's memory.
+ * It comes before the reset, for the kernel itself refuses where there is anything
+ * (EEXIST), a stray write or the zero page.  Whatever it does not do (for that, or since
+ * the mapping has changed, or for want of memory) is left to the steps that follow,
+ * which do all of it anew, or say why not.
+ *
+ * In a child after fork() the descriptor would still fill the parent's memory (see uffd.c).
  */
-static int uffd_populate(sm_job *job, char *at, uint64_t length, int zeropage)
+static void fill(sm_job *job, char *at, uint64_t length, int zeropage)
 {
     const sm_uffd *u = job->uffd;
-    uint64_t done = 0, again = 0;       /* the first call is counted already */
+    uint64_t done = 0;
+    int failed = !u || !*u->ours;
 
-    while (u && u->pid == getpid() && done < length) {
+    while (!failed && done < length) {
         uint64_t size = length - done < u->nzeroes ? length - done : u->nzeroes;
         struct uffdio_copy copy = {.dst = (uintptr_t)at + done, .src = (uintptr_t)u->zeroes,
                                    .len = size};
         struct uffdio_zeropage zero = {.range = {(uintptr_t)at + done, size}};
-        job->calls += again++ > 0;
-        int failed = zeropage ? ioctl(u->fd, UFFDIO_ZEROPAGE, &zero)
-                              : ioctl(u->fd, UFFDIO_COPY, &copy);
+
+        job->calls += done > 0;         /* the first one is counted already */
+        failed = (zeropage ? ioctl(u->fd, UFFDIO_ZEROPAGE, &zero)
+                           : ioctl(u->fd, UFFDIO_COPY, &copy)) && errno != EAGAIN;
         int64_t did = zeropage ? zero.zeropage : copy.copy;
 
         if (did > 0)
             done += (uint64_t)did;
-        if (failed && errno != EAGAIN)
-            break;
+        else
+            failed = 1;     /* EAGAIN that has done nothing: not worth a wait */
     }
-    if (done == length)
-        return 0;
-    job->calls += again > 0;
-    return result(madvise(at + done, length - done, MADV_POPULATE_WRITE));
+    job->placed += done;
 }
 
 /*
@@ -176,7 +178,7 @@ static void move_in(sm_job *job, char *at, uint64_t length)
     sm_warm *w = job->warm;
     const sm_uffd *u = job->uffd;
 
-    if (!w || !u || u->pid != getpid() || __atomic_exchange_n(&w->held, 1, __ATOMIC_ACQUIRE))
+    if (!w || !u || !*u->ours || __atomic_exchange_n(&w->held, 1, __ATOMIC_ACQUIRE))
         return;
     uint64_t done = 0;
     int failed = length > w->ready || length % w->unit;
@@ -194,7 +196,7 @@ static void move_in(sm_job *job, char *at, uint64_t length)
         else
             failed = 1;     /* EAGAIN that has done nothing: not worth a wait */
     }
-    job->warmed += done;
+    job->placed += done;
     __atomic_store_n(&w->held, 0, __ATOMIC_RELEASE);
 }
 
@@ -276,9 +278,11 @@ int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
     case SM_STEP_PAGEOUT:
         return result(madvise(at, length, MADV_PAGEOUT));
     case SM_STEP_UFFD_COPY:
-        return uffd_populate(job, at, length, 0);
+        fill(job, at, length, 0);
+        return 0;
     case SM_STEP_UFFD_ZEROPAGE:
-        return uffd_populate(job, at, length, 1);
+        fill(job, at, length, 1);
+        return 0;
     case SM_STEP_MOVE:
         move_in(job, at, length);
         return 0;

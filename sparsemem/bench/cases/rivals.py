@@ -61,8 +61,9 @@ class Bare:
             peers.advise(base, size, advice, step=step)
 
     def memory(self, size: int) -> int:
-        """Bytes that should be warm; those of a pool always are."""
-        return size if self.page == files.PAGE_SIZE else 0
+        """Bytes that should be warm; those of a pool always are, and a private file's are copied."""
+        copies = 2 if self.file is not None and self.flags & mmap.MAP_PRIVATE else 1
+        return copies * size if self.page == files.PAGE_SIZE else 0
 
     def used(self, address: int, fd: int, size: int) -> float:
         """How often the kernel has the memory: anonymous pages and those of the file, by its own accounting."""
