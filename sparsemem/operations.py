@@ -127,20 +127,21 @@ def plug_at_once(core: Core, first: int, count: int) -> bool:
     Raises:
         PopulateError: It failed, and so did giving back what was populated.
     """
+    quick = core.quick
     # Only plain integers: whatever else may be one, or be refused, is for the long way to judge.
-    if core.quick is None or not type(first) is type(count) is int:
+    if quick is None or not type(first) is type(count) is int:
         return False
     try:
-        done = core.quick.plug(first, count)
+        done = quick.plug(first, count)
     except OverflowError:
         return False
-    if done >= 0:
-        return bool(done)
-    core.gauge.forget()
-    core.tally.failed(rolled_back=True)
-    error = populate_error(core, -done, first << core.shift, 0)
-    error.rolled_back = False
-    raise error
+    if done < 0:
+        core.gauge.forget()
+        core.tally.failed(rolled_back=True)
+        error = populate_error(core, -done, first << core.shift, 0)
+        error.rolled_back = False
+        raise error
+    return done > 0
 
 
 def unplug_at_once(core: Core, first: int, count: int) -> bool:
@@ -149,18 +150,19 @@ def unplug_at_once(core: Core, first: int, count: int) -> bool:
     Raises:
         DiscardError: It failed; the blocks are tainted.
     """
-    if core.quick is None or not type(first) is type(count) is int:
+    quick = core.quick
+    if quick is None or not type(first) is type(count) is int:
         return False
     try:
-        done = core.quick.unplug(first, count)
+        done = quick.unplug(first, count)
     except OverflowError:
         return False
-    if done >= 0:
-        return bool(done)
-    core.tally.failed(rolled_back=False)
-    error = discard_error(-done, first)
-    error.tainted = ((first, count),)
-    raise error
+    if done < 0:
+        core.tally.failed(rolled_back=False)
+        error = discard_error(-done, first)
+        error.tainted = ((first, count),)
+        raise error
+    return done > 0
 
 
 class Plug(Operation):
