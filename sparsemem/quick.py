@@ -10,7 +10,7 @@ system calls are 4.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from types import MethodType
 from typing import Any
 
 from sparsemem._sys import ffi, lib
@@ -39,8 +39,8 @@ class Quick:
         self._refers_to = (blocks, gauge)
         self._c = ffi.new("sm_quick *", {"blocks": blocks.c, "gauge": gauge.c})
         self._c.plug, self._c.unplug = self.jobs
-        self.plug: Callable[[int, int], int] = partial(lib.sm_quick_plug, self._c)
-        self.unplug: Callable[[int, int], int] = partial(lib.sm_quick_unplug, self._c)
+        self.plug: Callable[[int, int], int] = MethodType(lib.sm_quick_plug, self._c)
+        self.unplug: Callable[[int, int], int] = MethodType(lib.sm_quick_unplug, self._c)
 
     @property
     def counts(self) -> dict[str, float]:
