@@ -22,7 +22,9 @@ from sparsemem.errors import UnsupportedError
 from tests.support import accounting
 
 ROOT = Path(__file__).parent.parent
-WAY_TAKEN = re.compile(r"strategy '\w+' does not work|the pool of huge pages|not on a disk|no warm pool|one processor")
+WAY_TAKEN = re.compile(
+    r"what auto takes|strategy '\w+' does not work|the pool of huge pages|not on a disk|no warm pool|one processor"
+)
 
 
 @pytest.fixture(scope="module")

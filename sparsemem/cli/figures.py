@@ -17,7 +17,7 @@ _INTRODUCTION = """\
 # Results of one run
 
 One run of `sparsemem bench`, on one machine; what another gives is best measured there. To repeat it, with about
-20 GiB of free memory, a C compiler, numpy and nothing else running:
+10 GiB of free memory, a C compiler, numpy and nothing else running:
 
 ```console
 {commands}

@@ -71,16 +71,16 @@ class Bare:
         return (private + os.fstat(fd).st_blocks * 512) / size
 
 
-def system_calls(lab: Lab, bare: Bare, size: int, block: int, *, of: str = "") -> Iterator[Way]:
+def system_calls(lab: Lab, bare: Bare, size: int, block: int, *, of: str = "", thorough: bool = False) -> Iterator[Way]:
     """MADV_POPULATE_WRITE from C, and what QEMU does; `of` is added to the names."""
     way = partial(lab.in_c, memory=bare.memory(size))
     yield way(f"C populate_write{of}", partial(_advised, bare, size, size))
-    if lab.scale.thorough:
+    if thorough:
         yield way(f"C populate_write{of}, block by block", partial(_advised, bare, size, block))
     for name, threads, reason in lab.threads():
         populate = partial(_preallocated, bare, size, threads)
         yield way(f"QEMU populate_write{of}, {name}", partial(populate, touch=False), reason=reason)
-        if lab.scale.thorough:
+        if thorough:
             yield way(f"QEMU touch{of}, {name}", partial(populate, touch=True), reason=reason)
 
 
