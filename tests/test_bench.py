@@ -245,6 +245,7 @@ def test_the_report_says_how_to_repeat_it(tiny_runs: None, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert out.startswith("# Results of one run\n")
     assert "$ sparsemem bench latency-4k --markdown > benchmarks/RESULTS.md" in out
+    assert "parts" not in out
     for heading in ("## The machine", "## The targets", "## latency-4k"):
         assert heading in out
     tables = [line for line in out.splitlines() if line.startswith("|")]
@@ -298,17 +299,15 @@ def test_parts_are_put_together(
     for name, case in (("1.json", "latency-4k"), ("2.json", "hyperalloc-4k")):
         Path(name).write_text(measured(case, "--json", capsys=capsys))
     first, second = (json.loads(Path(name).read_text()) for name in ("1.json", "2.json"))
-    both = json.loads(measured("--from", "1.json", "2.json", "--json", capsys=capsys))
+    both = json.loads(measured("--from", "2.json", "1.json", "--json", capsys=capsys))
     assert both["cases"] == first["cases"] + second["cases"]
     assert both["targets"] == first["targets"] + second["targets"]
-    assert (both["machine"], both["scale"]) == (first["machine"], first["scale"])
+    assert (list(both["machine"]), both["scale"]) == (list(first["machine"]), first["scale"])
     report = measured("--from", "1.json", "2.json", "--markdown", capsys=capsys)
-    for line in (
-        "$ sparsemem bench latency-4k --json > 1.json",
-        "$ sparsemem bench hyperalloc-4k --json > 2.json",
-        "$ sparsemem bench --from 1.json 2.json --markdown > benchmarks/RESULTS.md",
-    ):
-        assert line in report.splitlines()
+    assert "$ sparsemem bench --markdown > benchmarks/RESULTS.md" in report
+    assert "was measured in 2 parts" in report
+    assert "## latency-4k" in report
+    assert "## hyperalloc-4k" in report
     assert "hyperalloc-4k: " in measured("--from", "1.json", "2.json", capsys=capsys)
 
 

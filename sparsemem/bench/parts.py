@@ -8,33 +8,24 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
-
+from sparsemem.bench.catalogue import CASES
 from sparsemem.bench.model import Case, Measure, Published, Result, Row, Scale, Spread
 from sparsemem.bench.outcome import Judged, Outcome, Verdict
 from sparsemem.bench.targets import Kind, Target
 
 
-@frozen
-class Part:
-    """The file that a part was read from, and what is in it."""
-
-    path: str
-    outcome: Outcome
-
-
-def read(paths: Iterable[str]) -> tuple[Part, ...]:
+def read(paths: Iterable[str]) -> tuple[Outcome, ...]:
     """The parts, in this order.
 
     Raises:
         OSError: A file cannot be read.
         ValueError: It is none that `sparsemem bench --json` has written.
     """
-    return tuple(Part(path, _outcome(path)) for path in paths)
+    return tuple(map(_outcome, paths))
 
 
-def joined(parts: Iterable[Part]) -> Outcome:
-    """All parts as one run.
+def joined(parts: Iterable[Outcome]) -> Outcome:
+    """All parts as one run, in the order of one.
 
     Of what the machine was, all that was said is kept: a pool of huge pages, say, may have
     been made for one part.
@@ -43,11 +34,19 @@ def joined(parts: Iterable[Part]) -> Outcome:
         ValueError: They do not belong together: measured at different scales, or with one
             case in two of them.
     """
-    first, *others = outcomes = [part.outcome for part in parts]
+    first, *others = outcomes = list(parts)
     for other in others:
         if other.scale != first.scale:
             raise ValueError(f"a {other.scale.name} run and a {first.scale.name} one are not parts of the same")
-    results = tuple(result for outcome in outcomes for result in outcome.results)
+    place = {case.name: i for i, case in enumerate(CASES)}
+    results = sorted(
+        (result for outcome in outcomes for result in outcome.results),
+        key=lambda result: place.get(result.case.name, len(place)),
+    )
+    judged = sorted(
+        (judged for outcome in outcomes for judged in outcome.judged),
+        key=lambda judged: place.get(judged.target.case, len(place)),
+    )
     names = [result.case.name for result in results]
     for name in names:
         if names.count(name) > 1:
@@ -57,7 +56,7 @@ def joined(parts: Iterable[Part]) -> Outcome:
         for label, text in outcome.machine.items():
             said.setdefault(label, {})[text] = None
     machine = {label: "; ".join(texts) for label, texts in said.items()}
-    return Outcome(machine, first.scale, results, tuple(judged for outcome in outcomes for judged in outcome.judged))
+    return Outcome(machine, first.scale, tuple(results), tuple(judged))
 
 
 def _outcome(path: str) -> Outcome:

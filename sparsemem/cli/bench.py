@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsemem.bench.model import Case, Scale
     from sparsemem.bench.outcome import Outcome
-    from sparsemem.bench.parts import Part
 
 _HELP = "measure, side by side with bare system calls and others"
 _DESCRIPTION = """\
@@ -115,26 +113,17 @@ def _measure(cases: tuple[Case, ...], scale: Scale, options: argparse.Namespace)
     return Outcome(machine, scale, tuple(results), judge(results))
 
 
-def _show(outcome: Outcome, read: tuple[Part, ...], options: argparse.Namespace) -> None:
+def _show(outcome: Outcome, read: tuple[Outcome, ...], options: argparse.Namespace) -> None:
     from sparsemem.bench.outcome import as_data
     from sparsemem.cli import figures
 
     if options.json:
         print(json.dumps(as_data(outcome), indent=2))
     elif options.markdown:
-        print(figures.report(outcome, _commands(outcome, read, options)))
-    elif read:
-        print(*map(figures.case_text, outcome.results), figures.targets_text(outcome), sep="\n")
+        # What gives such a report again, in one go.
+        quick = ["--quick"] if outcome.scale.name == "quick" else []
+        print(figures.report(outcome, [*quick, *options.names, "--markdown"], parts=len(read)))
     else:
+        if read:
+            print(*map(figures.case_text, outcome.results), sep="\n")
         print(figures.targets_text(outcome))
-
-
-def _commands(outcome: Outcome, read: tuple[Part, ...], options: argparse.Namespace) -> list[str]:
-    """What gives such a report again."""
-    quick = ["--quick"] if outcome.scale.name == "quick" else []
-    commands = [
-        ([*quick, *(result.case.name for result in part.outcome.results), "--json"], part.path) for part in read
-    ]
-    shown = ["--from", *options.parts] if read else [*quick, *options.names]
-    commands.append(([*shown, "--markdown"], "benchmarks/RESULTS.md"))
-    return [f"sparsemem bench {shlex.join(arguments)} > {shlex.quote(path)}" for arguments, path in commands]
