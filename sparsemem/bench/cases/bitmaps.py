@@ -60,11 +60,13 @@ def _ways(bits: int | None, lab: Lab) -> Iterator[list[Way]]:
     pairs = memoryview(taken).cast("B").cast("Q", (runs, 2))
     # After the last run 192 blocks are free: the only place for more than 64.
     with Region(nbits * _BLOCK, block_size=_BLOCK, backend=_Nothing(), plugged=pairs) as region:
-        yield [
+        ways = [
             Way("sparsemem", partial(_ours, region, runs)),
             lab.in_c(_BIT_BY_BIT, partial(_bit_by_bit, region, runs)),
-            lab.in_numpy(_NUMPY, partial(_with_numpy, region, runs)),
         ]
+        if bits is not None:  # the smaller: for the larger it takes seconds, and says no more
+            ways.append(lab.in_numpy(_NUMPY, partial(_with_numpy, region, runs)))
+        yield ways
 
 
 def _ours(region: Region, runs: int) -> Figures:
