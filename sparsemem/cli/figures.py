@@ -17,7 +17,8 @@ _ANOTHER = "another machine's, as published"
 _INTRODUCTION = """\
 # Results of one run
 
-One run of `sparsemem bench`, on one machine; what another gives is best measured there. To repeat it, with about
+One run of `sparsemem bench`, on one machine; what another gives is best measured there. What is missed, and why, is in
+[README.md](README.md). To repeat it, with about
 10 GiB of free memory, a C compiler, numpy and nothing else running (and 512 pages in /proc/sys/vm/nr_hugepages
 for the cases of the huge page pool):
 
