@@ -12,7 +12,7 @@ export PYTHON
 BUILD_INPUTS := pyproject.toml setup.py MANIFEST.in $(shell find sparsemem/_sys/shim -name '*.[ch]') sparsemem/_sys/_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs-test lint format types wheel clean
+.PHONY: help demo test docs-test fuzz lint format types wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,9 @@ test: $(VENV)/.testable ## run the tests (what needs root or huge pages is skipp
 
 docs-test: $(VENV)/.testable ## run the examples of the README and the docs
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
+fuzz: $(VENV)/.testable ## a hostile guest and frontend: a million cases (about an hour; ARGS="--seed 7 --cases 1000")
+	$(BIN)/python -m tests.virtio.fuzzing $(ARGS)
 
 lint: $(VENV)/.tools ## style and common mistakes
 	$(BIN)/ruff check .

@@ -6,19 +6,21 @@ The steps that reset before a populate are among them, and the second step of a 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 
 from sparsemem import DiscardError, PopulateError, Region, ReserveError, Secret, UnsupportedError
-from sparsemem.recipes import FILLS
+from sparsemem.recipes import FILLS, Step
 from tests.support import accounting
+from tests.support.filling import unfilled
 from tests.support.injector import Injector
 from tests.support.kinds import KINDS, Made
-from tests.test_faults import OF_STEP, check_others, number, plugged, ready, tainted
+from tests.test_faults import OF_STEP, Told, check_others, number, plugged, ready, tainted
 
-NAMES = [kind.id for kind in KINDS if kind.discards and kind.has_memory and not kind.id.endswith("4K")]
+CHOSEN = [kind for kind in KINDS if kind.discards and kind.has_memory and not kind.id.endswith("4K")]
+NAMES = [kind.id for kind in CHOSEN]
+EACH = [pytest.param(kind.id, how, id=f"{kind.id}-{how}") for kind in CHOSEN for how in ("none", *kind.protections)]
 RUNS = [(2, 1), (4, 1), (6, 1)]
 GAPS = (3, 5)
 HELD = {0, 9}
@@ -38,20 +40,6 @@ def settled(made: Made, region: Region, before: int, held: set[int] = HELD) -> N
     check_others(region)
 
 
-@contextmanager
-def unfilled(mapping: object) -> Iterator[None]:
-    """userfaultfd fills nothing meanwhile, as in a child."""
-    shared = getattr(mapping, "_uffd", None)
-    if shared is None:
-        yield
-        return
-    shared.c.ours[0] = b"\0"
-    try:
-        yield
-    finally:
-        shared.c.ours[0] = b"\1"
-
-
 @pytest.mark.parametrize("strategy", ["auto", "populate_write", "fallocate", "uffd_copy", "touch", "futex"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject: Injector) -> None:
@@ -60,14 +48,26 @@ def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject
     except UnsupportedError as error:
         assert "does not work on" in str(error)
         return
+    check_a_plug(made, region, told, inject)
+
+
+@pytest.mark.parametrize(("name", "protection"), [each for each in EACH if "none" not in each.values])
+def test_a_plug_of_protected_blocks(
+    name: str, protection: str, request: pytest.FixtureRequest, inject: Injector
+) -> None:
+    check_a_plug(*ready(name, "auto", request, inject, protection), inject)
+
+
+def check_a_plug(made: Made, region: Region, told: Told, inject: Injector) -> None:
     with region:
         before, mapping = made.used(region), region._mapping
-        for step in dict.fromkeys(mapping.recipe.populate(mapping.strategy, huge=mapping.huge)):  # type: ignore[attr-defined]
+        recipe = mapping.recipe  # type: ignore[attr-defined]
+        for step in dict.fromkeys(recipe.populate(mapping.strategy, huge=mapping.huge, protection=region.protection)):
             for code in OF_STEP[step]:
                 for nth, after in ((1, 0), (2, part(made)), (3, 0)):
                     inject.step(step, errno=number(code), nth=nth, after=after)
                     # What is filled in needs no other step: for those to come, nothing may be.
-                    with pytest.raises(PopulateError) as caught, nullcontext() if step in FILLS else unfilled(mapping):
+                    with pytest.raises(PopulateError) as caught, nullcontext() if step in FILLS else unfilled(region):
                         region.plug_runs(RUNS)
                     assert (caught.value.errno, caught.value.rolled_back) == (number(code), True), (step, code, nth)
                     assert told.blocks == HELD
@@ -78,15 +78,16 @@ def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject
         assert region.audit().ok
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_rollback(name: str, request: pytest.FixtureRequest, inject: Injector) -> None:
+@pytest.mark.parametrize(("name", "protection"), EACH)
+def test_a_rollback(name: str, protection: str, request: pytest.FixtureRequest, inject: Injector) -> None:
     """The third block cannot be populated, and from the nth on no discard works either."""
-    made, region, told = ready(name, "auto", request, inject)
+    made, region, told = ready(name, "auto", request, inject, protection)
     with region:
         before, mapping = made.used(region), region._mapping
         recipe = mapping.recipe  # type: ignore[attr-defined]
-        fault = recipe.ways(huge=mapping.huge)[mapping.strategy][0]
-        for step in recipe.discard:
+        way = recipe.ways(huge=mapping.huge, protection=protection)[mapping.strategy]
+        fault = next(step for step in way if step not in recipe.discard)
+        for step in recipe.release(protection):
             for nth, left in ((1, {2, 4, 6}), (2, {4, 6}), (3, {6}), (4, set())):
                 inject.step(fault, errno=errno.ENOMEM, nth=3, after=part(made))
                 inject.step(step, errno=errno.EIO, nth=nth, repeat=100)
@@ -102,15 +103,17 @@ def test_a_rollback(name: str, request: pytest.FixtureRequest, inject: Injector)
                 assert region.audit().ok
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_unplug(name: str, request: pytest.FixtureRequest, inject: Injector) -> None:
-    made, region, told = ready(name, "auto", request, inject)
+@pytest.mark.parametrize(("name", "protection"), EACH)
+def test_an_unplug(name: str, protection: str, request: pytest.FixtureRequest, inject: Injector) -> None:
+    """What access could not be taken from is as it was; whatever else fails taints its block."""
+    made, region, told = ready(name, "auto", request, inject, protection)
     held = HELD | set(GAPS)
     with region:
         for gap in GAPS:  # plugged, so that each block is a call of its own: no discard bridges them
             region.plug(gap)
         before = made.used(region)
-        for step in region._mapping.recipe.discard:  # type: ignore[attr-defined]
+        for step in region._mapping.recipe.release(protection):  # type: ignore[attr-defined]
+            intact = step is Step.FORBID
             for code in OF_STEP[step]:
                 for nth, after in ((1, 0), (2, part(made)), (3, part(made))):
                     region.plug_runs(RUNS)
@@ -119,12 +122,15 @@ def test_an_unplug(name: str, request: pytest.FixtureRequest, inject: Injector) 
                         region.unplug_runs(RUNS)
                     assert caught.value.errno == number(code)
                     assert caught.value.discarded == tuple(RUNS[: nth - 1])
-                    assert caught.value.tainted == (RUNS[nth - 1],)
-                    assert caught.value.remaining == tuple(RUNS[nth:])
+                    assert caught.value.tainted == (() if intact else (RUNS[nth - 1],))
+                    assert caught.value.remaining == tuple(RUNS[nth - intact :])
                     assert plugged(region) == told.blocks == held | {first for first, _ in RUNS[nth - 1 :]}
                     inject.clear()
-                    assert region.scrub() == 1
-                    assert region.unplug_runs(RUNS[nth:]) == 3 - nth
+                    assert region.scrub() == (not intact)
+                    if intact:
+                        with region.view(RUNS[nth - 1][0]) as view:
+                            assert bytes(view[:8]) == made.kind.fresh(8)
+                    assert region.unplug_runs(RUNS[nth - intact :]) == 3 - nth + intact
                     assert told.blocks == held
                     settled(made, region, before, held)
                     assert region.audit().ok

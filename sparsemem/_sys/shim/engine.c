@@ -88,10 +88,11 @@ static int vector_advice(unsigned step)
 }
 
 /* Many small ranges are not worth a call each: they are left to the populate that follows,
- * which takes them all in one. */
-static int is_fill(unsigned step)
+ * which takes them all in one.  But what traps is filled in no other way. */
+static int is_fill(const sm_job *job, unsigned step)
 {
-    return step == SM_STEP_UFFD_COPY || step == SM_STEP_UFFD_ZEROPAGE;
+    return (step == SM_STEP_UFFD_COPY || step == SM_STEP_UFFD_ZEROPAGE) &&
+           !(job->uffd && job->uffd->purpose != SM_UFFD_FILL);
 }
 
 /* The ranges' bytes [*did, total): *did grows by what was done. */
@@ -201,7 +202,7 @@ static int step_over(sm_job *job, int self, unsigned step, const sm_run *ranges,
                      uint64_t total, uint64_t *did)
 {
     *did = 0;
-    if (self >= 0 && n >= WORTH_A_VECTOR && is_fill(step))
+    if (self >= 0 && n >= WORTH_A_VECTOR && is_fill(job, step))
         return 0;
     if (self >= 0 && n >= WORTH_A_VECTOR && vector_advice(step) >= 0) {
         int error = issue_vector(job, self, step, ranges, n, total, did);
@@ -232,20 +233,26 @@ static uint64_t end_of_range(const sm_run *ranges, unsigned n, uint64_t did)
  * A step failed after `did` bytes of the ranges.  What all steps have done counts as
  * done, and what any has touched as begun.  Where nothing was done before it, the futex
  * way knows how far it got; that matters to a backend which cannot discard: it zeroes
- * what is populated, and must touch no more.
+ * what is populated, and must touch no more.  Where access could not be taken away it is
+ * given back, for a part of it may be gone (the process has as many mappings as it may):
+ * nothing is discarded yet, so the blocks of an unplug are then plugged as before.
  */
 static int note_failure(sm_job *job, unsigned i, const sm_run *ranges, unsigned n,
                         uint64_t total, uint64_t did, int error)
 {
     uint64_t touched = i ? total : end_of_range(ranges, n, did), at = did;
+    sm_run failed = {0, 0};
 
     for (unsigned r = 0; r < n; at -= ranges[r++].count)
         if (at < ranges[r].count) {
             job->failed_at = ranges[r].first + at;
+            failed = ranges[r];
             break;
         }
     if (i == 0 && job->steps[i] == SM_STEP_FUTEX)
         touched = did + job->reached;
+    job->intact = i == 0 && job->steps[i] == SM_STEP_FORBID &&
+                  !step_issue(job, SM_STEP_ALLOW, failed.first, failed.count);
     job->begun = moved(job, job->at, touched);
     if (i == job->nsteps - 1) {
         job->at = moved(job, job->at, did);
