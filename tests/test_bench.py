@@ -149,7 +149,7 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_numpy_its_ways_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numpy", None)
     with lab.laboratory(TINY) as poor:
-        result = lab.run_case(catalogue.select(["bitmap-large"])[0], poor)
+        result = lab.run_case(catalogue.select(["bitmap-small"])[0], poor)
     assert result.skipped == {"numpy on Region.bitmap": "numpy is not installed"}
 
 
