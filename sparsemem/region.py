@@ -503,9 +503,15 @@ class Region:
             UnsupportedError: populate=False on memory that cannot be given back.
             RegionClosedError: It is closed.
         """
-        control = _control(progress, cancel, deadline)
-        if control is UNWATCHED and populate and plug_at_once(self._core, first, count):
+        if (
+            progress is None
+            and cancel is None
+            and deadline is None
+            and populate
+            and plug_at_once(self._core, first, count)
+        ):
             return count
+        control = _control(progress, cancel, deadline)
         return self._plug(single(first, count, self.nblocks), exist_ok, populate, control)
 
     def plug_runs(
@@ -597,10 +603,9 @@ class Region:
             UnsupportedError: The backend cannot give memory back.
             RegionClosedError: It is closed.
         """
-        control = _control(progress, cancel, deadline)
-        if control is UNWATCHED and unplug_at_once(self._core, first, count):
+        if progress is None and cancel is None and deadline is None and unplug_at_once(self._core, first, count):
             return count
-        return self._unplug(single(first, count, self.nblocks), missing_ok, control)
+        return self._unplug(single(first, count, self.nblocks), missing_ok, _control(progress, cancel, deadline))
 
     def unplug_runs(
         self,

@@ -382,7 +382,7 @@ def test_what_cannot_be_vectored_is_done_one_by_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(probe, "vectored", lambda calls: False)
     with Region("1G", block_size=4096, backend=Anonymous()) as region:
         region.plug_runs([(i * 2, 1) for i in range(640)])
-        assert region.stats().system_calls == 2 * 640
+        assert region.stats().system_calls == 640  # each of them filled in
         assert region.audit().resident_size == 640 * 4096
 
 

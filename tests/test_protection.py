@@ -33,6 +33,7 @@ from sparsemem._sys import calls, lib, probe
 from sparsemem.backends import Backend
 from tests.support import accounting
 from tests.support.children import run_child, unprivileged
+from tests.support.filling import unfilled
 from tests.support.injector import Injector
 from tests.support.kinds import KINDS, Made, every_protected, need_protection
 from tests.support.resources import need_root
@@ -163,7 +164,7 @@ def test_what_a_failed_plug_has_begun_is_protected_again(made: Made, inject: Inj
         )[-1]
         for nth in (1, 2, 3):
             inject.step(last, errno=12, nth=nth, after=region.page_size)
-            with pytest.raises(PopulateError):
+            with pytest.raises(PopulateError), unfilled(region):
                 region.plug_runs([(1, 1), (3, 1), (5, 1)])
             inject.clear()
             assert accessible_blocks(region) == []

@@ -221,7 +221,7 @@ size_t sm_blocks_runs(sm_blocks *b, int which, int value, uint64_t from, uint64_
                       sm_run *out, size_t capacity, uint64_t *next)
 {
     lock(b);
-    size_t n = sm_bits_runs(map_of(b, which), from, to, value, out, capacity, next);
+    size_t n = sm_bits_runs(map_of(b, which), value, from, to, out, capacity, next);
     unlock(b);
     return n;
 }
@@ -328,7 +328,7 @@ size_t sm_blocks_discarded_runs(sm_blocks *b, uint64_t from, uint64_t to, sm_run
     lock(b);
     *next = to;
     if (b->discarded)
-        n = sm_bits_runs(b->discarded, from, to, 1, out, capacity, next);
+        n = sm_bits_runs(b->discarded, 1, from, to, out, capacity, next);
     unlock(b);
     return n;
 }
@@ -618,7 +618,7 @@ size_t sm_claim_select(sm_claim *claim, int which, int value, sm_run *out, size_
         uint64_t from = claim->runs[i].first, end = from + claim->runs[i].count;
         sm_run run;
 
-        while (sm_bits_runs(map_of(b, which), from, end, value, &run, 1, &from)) {
+        while (sm_bits_runs(map_of(b, which), value, from, end, &run, 1, &from)) {
             if (n < capacity)
                 out[n] = run;
             n++;

@@ -53,7 +53,7 @@ void sm_bits_fill_shared(uint64_t *words, uint64_t first, uint64_t count, int va
 void sm_bits_fill(uint64_t *words, uint64_t first, uint64_t count, int value);
 uint64_t sm_bits_count(const uint64_t *words, uint64_t first, uint64_t count);
 uint64_t sm_bits_next(const uint64_t *words, uint64_t from, uint64_t to, int value);
-size_t sm_bits_runs(const uint64_t *words, uint64_t from, uint64_t to, int value,
+size_t sm_bits_runs(const uint64_t *words, int value, uint64_t from, uint64_t to,
                     sm_run *out, size_t capacity, uint64_t *next);
 int sm_bits_find(const uint64_t *words, uint64_t nbits, uint64_t count, uint64_t align,
                  int fit, uint64_t *where);
@@ -168,7 +168,7 @@ enum {                      /* what a userfaultfd is for                */
 typedef struct {            /* a userfaultfd, of one process            */
     int purpose;            /* set before it is opened                  */
     int fd;
-    int pid;
+    char *ours;             /* a byte that is 1, and 0 in a child       */
     char *zeroes;           /* so many bytes of the zero page           */
     uint64_t nzeroes;       /* set before it is opened, or a default    */
 } sm_uffd;
@@ -243,11 +243,11 @@ typedef struct {
     int failed;             /* the errno of a step that failed, or 0    */
     int intact;             /* what it failed on is as it was           */
     unsigned nsteps;
-    unsigned steps[6];
+    unsigned steps[8];
     sm_crew *crew;          /* NULL if one thread does all              */
     const sm_uffd *uffd;    /* or NULL                                  */
     sm_warm *warm;          /* or NULL                                  */
-    uint64_t warmed;        /* bytes of this chunk that came from there */
+    uint64_t placed;        /* bytes of this chunk put where nothing was */
     sm_fault *fault;        /* NULL but in tests                        */
 } sm_job;
 
