@@ -306,6 +306,9 @@ class Driver(RuleBasedStateMachine):
         self._agrees_with_the_kernel()
         if self._views:
             self._agrees_in_content()
+        if self.capacity is not None:
+            # A reading of the headroom is good for 100 ms; what pending blocks become must not depend on that.
+            region._core.gauge.forget()
 
     def _agrees_with_the_kernel(self) -> None:
         region, model, kind = self.region, self.model, self.made.kind
