@@ -500,3 +500,49 @@ def test_a_child_does_not_wait_for_a_lock_that_nobody_holds_there() -> None:
         finally:
             done.set()
             thread.join()
+
+
+@pytest.mark.promise(
+    "peers-keep-their-blocks",
+    found="an unplug of two blocks of a shared file wiped what a peer had plugged in between (a bridged gap)",
+)
+@pytest.mark.parametrize("how", ["adopted", "handed on", "path", "child"])
+def test_an_unplug_leaves_alone_what_a_peer_has_between_its_blocks(how: str, tmpfs_folder: Path) -> None:
+    def plug_between(peer: Region) -> None:
+        peer.plug(10)
+        with peer.view(10) as view:
+            view[:5] = b"hello"
+
+    def content(region: Region) -> bytes:
+        with region.view() as whole:
+            return bytes(whole[10 * BLOCK : 10 * BLOCK + 5])
+
+    if how == "child":
+        with Region("16M", block_size=BLOCK, backend=Memfd(), fork="inherit") as region:
+            region.plug_runs([(0, 1), (20, 1)])
+            run_child(plug_between, region).result()
+            region.unplug_runs([(0, 1), (20, 1)])
+            assert content(region) == b"hello"
+        return
+    backend: Backend = File(tmpfs_folder / "file") if how == "path" else Memfd()
+    with Region("16M", block_size=BLOCK, backend=backend) as one:
+        peer: Backend = File(tmpfs_folder / "file") if how == "path" else Memfd(fd=one.fileno())
+        with Region("16M", block_size=BLOCK, backend=peer) as other:
+            mine, theirs = (other, one) if how == "adopted" else (one, other)
+            mine.plug_runs([(0, 1), (20, 1)])
+            plug_between(theirs)
+            mine.unplug_runs([(0, 1), (20, 1)])
+            assert content(theirs) == b"hello"
+            mine.plug_runs([(0, 1), (20, 1)])
+            mine.resize(0)
+            assert content(theirs) == b"hello"
+            assert theirs.audit().ok
+
+
+def test_a_memfd_that_nobody_else_has_is_still_discarded_in_one_go() -> None:
+    with Region("16M", block_size=BLOCK, backend=Memfd()) as region:
+        region.plug_runs([(block, 1) for block in range(0, 40, 2)])
+        assert region.audit().ok
+        before = region.stats().system_calls
+        region.unplug_all()
+        assert region.stats().system_calls - before == 1

@@ -105,6 +105,7 @@ class Driver(RuleBasedStateMachine):
         self.late_failure = False
         self.counter = 0
         self.untold = 0
+        self._remove_file()  # of an example that failed
         try:
             self.region = self._open()
         except UnsupportedError:  # the kind has no such strategy, or the kernel no UFFDIO_MOVE

@@ -91,6 +91,7 @@ class RegionMachine(Trouble):
                     if self.options.get("reuse") != "keep":
                         assert any(part == self._expected(value, self.cell, 0) for value in allowed)
             self._write(block, range(self.cells))
+            self._give_double_back(block, self.block)
 
     @rule(first=first_blocks)
     def fork(self, first: int) -> None:

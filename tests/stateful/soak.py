@@ -25,6 +25,7 @@ SEED = int(os.environ.get("SPARSEMEM_SOAK_SEED") or random.SystemRandom().randra
 @pytest.mark.timeout(0)
 @every_kind_once
 def test_soak(made: Made, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+    """One kind for its share of the time."""
     if made.kind.huge:
         request.getfixturevalue("huge_pool")(20)
     # Each kind gets an equal share of the time.
@@ -53,4 +54,3 @@ def test_soak(made: Made, request: pytest.FixtureRequest, capsys: pytest.Capture
         number += 1
     with capsys.disabled():
         print(f"\n{made.kind.id}: {STEPS.total() - steps} steps, seeds {SEED} to {number}")
-
