@@ -35,6 +35,7 @@ def settled(made: Made, region: Region, before: int, held: set[int] = HELD) -> N
     check_others(region)
 
 
+@pytest.mark.promise("plug-all-or-nothing")
 @pytest.mark.parametrize("strategy", ["auto", "populate_write", "fallocate", "uffd_copy", "touch", "futex"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject: Injector) -> None:
@@ -60,6 +61,7 @@ def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject
         assert region.audit().ok
 
 
+@pytest.mark.promise("tainted-is-mended")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rollback(name: str, request: pytest.FixtureRequest, inject: Injector) -> None:
     """The third block cannot be populated, and from the nth on no discard works either."""
@@ -84,6 +86,7 @@ def test_a_rollback(name: str, request: pytest.FixtureRequest, inject: Injector)
                 assert region.audit().ok
 
 
+@pytest.mark.promise("unplug-says-what-happened")
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unplug(name: str, request: pytest.FixtureRequest, inject: Injector) -> None:
     made, region, told = ready(name, "auto", request, inject)

@@ -217,6 +217,7 @@ class PrivateModel(Model):
     backend = Memfd(shared=False)
 
 
+@pytest.mark.promise("any-order-of-operations")
 @pytest.mark.parametrize("model", [Model, AnonymousModel, PrivateModel])
 def test_a_region_is_its_model(model: type[Model]) -> None:
     from hypothesis.stateful import run_state_machine_as_test

@@ -39,8 +39,3 @@ def test_every_test_that_is_named_exists(name: str) -> None:
     assert len(named) > 10
     for path, test in named:
         assert re.search(rf"^def {test}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{test}"
-
-
-def test_every_folder_that_is_named_exists() -> None:
-    for path in re.findall(r"`(tests/[\w/]+)/`", (ROOT / "SECURITY.md").read_text()):
-        assert (ROOT / path).is_dir(), path

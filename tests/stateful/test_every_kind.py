@@ -17,7 +17,7 @@ from tests.support import accounting
 from tests.support.evidence import Cases
 from tests.support.kinds import KINDS, Kind, Made, every_kind_once
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.promise("any-order-of-operations")]
 
 EXAMPLES, STEPS_EACH = 18, 50
 
