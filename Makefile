@@ -16,7 +16,7 @@ BUILD_INPUTS := pyproject.toml setup.py MANIFEST.in $(shell find sparsemem/_sys/
 SECONDS ?= 600
 SEED ?=
 
-.PHONY: help demo test soak sanitize reliability docs-test lint format types wheel clean
+.PHONY: help demo test soak sanitize reliability docs-test fuzz lint format types wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ reliability: $(VENV)/.testable ## run every test that shows a promise, and write
 
 docs-test: $(VENV)/.testable ## run the examples of the README and the docs
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
+fuzz: $(VENV)/.testable ## a hostile guest and frontend: a million cases (about an hour; ARGS="--seed 7 --cases 1000")
+	$(BIN)/python -m tests.virtio.fuzzing $(ARGS)
 
 lint: $(VENV)/.tools ## style and common mistakes
 	$(BIN)/ruff check .

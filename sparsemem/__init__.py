@@ -40,6 +40,7 @@ from sparsemem.headroom import Headroom
 from sparsemem.listeners import Listener
 from sparsemem.region import BlockState, Region
 from sparsemem.statistics import Stats
+from sparsemem.stray import StrayAccess
 from sparsemem.units import format_size, parse_size
 
 __version__ = "0.1.0"
@@ -73,6 +74,7 @@ __all__ = [
     "SnapshotError",
     "SparseMemError",
     "Stats",
+    "StrayAccess",
     "Tmpfs",
     "UnsupportedError",
     "ViewsAliveError",

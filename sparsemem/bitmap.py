@@ -48,35 +48,35 @@ class Bitmap:
     Arguments are not checked; callers have done that.
     """
 
-    __slots__ = ("_words", "nbits")
+    __slots__ = ("nbits", "words")
 
     def __init__(self, nbits: int) -> None:
         words = lib.sm_bits_new(nbits)
         if not words:
             raise MemoryError(f"no address space for a bitmap of {nbits} bits")
-        self._words = ffi.gc(words, lambda pointer, free=lib.sm_bits_free: free(pointer, nbits))
+        self.words = ffi.gc(words, lambda pointer, free=lib.sm_bits_free: free(pointer, nbits))
         self.nbits = nbits
 
     def set(self, first: int, count: int = 1) -> None:
         """Sets bits [first, first + count)."""
-        lib.sm_bits_fill(self._words, first, count, 1)
+        lib.sm_bits_fill(self.words, first, count, 1)
 
     def clear(self, first: int, count: int = 1) -> None:
         """Clears bits [first, first + count)."""
-        lib.sm_bits_fill(self._words, first, count, 0)
+        lib.sm_bits_fill(self.words, first, count, 0)
 
     def count(self, first: int, count: int) -> int:
         """Set bits among `count` bits."""
-        return int(lib.sm_bits_count(self._words, first, count))
+        return int(lib.sm_bits_count(self.words, first, count))
 
     def next(self, start: int, stop: int, value: bool = True) -> int:
         """The first bit of that value in [start, stop), or stop."""
-        return int(lib.sm_bits_next(self._words, start, stop, value))
+        return int(lib.sm_bits_next(self.words, start, stop, value))
 
     def find(self, count: int, *, align: int = 1, fit: str = "first") -> int | None:
         """The start of `count` clear bits at a multiple of `align`, or None."""
         where = ffi.new("uint64_t *")
-        code = lib.sm_bits_find(self._words, self.nbits, count, align, fit_code(fit), where)
+        code = lib.sm_bits_find(self.words, self.nbits, count, align, fit_code(fit), where)
         return int(where[0]) if code == lib.SM_OK else None
 
     def runs(self, value: bool = True, start: int = 0, stop: int | None = None) -> Iterator[Run]:
@@ -84,9 +84,9 @@ class Bitmap:
         stop = self.nbits if stop is None else stop
         out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
         while following[0] < stop:
-            n = lib.sm_bits_runs(self._words, following[0], stop, value, out, CHUNK, following)
+            n = lib.sm_bits_runs(self.words, following[0], stop, value, out, CHUNK, following)
             yield from pairs(out, n)
 
     def buffer(self) -> memoryview:
         """The bytes, read-only and shared: bit n is bit n % 8 of byte n // 8."""
-        return share(self._words, self.nbits, self._words)
+        return share(self.words, self.nbits, self.words)

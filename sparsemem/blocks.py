@@ -126,6 +126,11 @@ class BlockMap:
         """The plugged bitmap, read-only and shared."""
         return share(lib.sm_blocks_plugged(self.c), self.nblocks, self.c)
 
+    @property
+    def plugged_words(self) -> Any:
+        """The plugged bitmap, as C has it; valid while `c` is referred to."""
+        return lib.sm_blocks_plugged(self.c)
+
     def check_open(self) -> None:
         """Raises what an operation would raise if the region is closed or was forked."""
         state = lib.sm_blocks_state(self.c)
@@ -144,9 +149,9 @@ class BlockMap:
 
     # ---- discarded pages -----------------------------------------------------------------
 
-    def mark_pages(self, first: int, count: int, discarded: bool) -> None:
-        """Remembers pages that were discarded inside plugged blocks."""
-        if lib.sm_blocks_mark_pages(self.c, first, count, discarded) == lib.SM_NOMEM:
+    def mark_pages(self, runs: Runs, discarded: bool) -> None:
+        """Remembers pages that were discarded inside plugged blocks; byte runs, none to make room for them."""
+        if lib.sm_blocks_mark_pages(self.c, runs.array, runs.n, discarded) == lib.SM_NOMEM:
             raise MemoryError("no address space for the map of discarded pages")
 
     def discarded_pages(self, start: int, stop: int) -> Iterator[Run]:
@@ -277,6 +282,7 @@ class Claim:
         tainted: Runs = EMPTY,
         healed: Runs = EMPTY,
         pending: Runs = EMPTY,
+        empty: Runs = EMPTY,
         close: bool = False,
     ) -> int:
         """Sets what came of it and gives the blocks back, all at once; the number of blocks changed.
@@ -287,9 +293,10 @@ class Claim:
             tainted: What is in an unknown state.
             healed: What is so no more.
             pending: Of `unplugged`, what is still to be discarded.
+            empty: Of `plugged`, what has no memory; `mark_pages` has made room to remember that.
             close: Close the map.
         """
-        lists = (plugged, unplugged, tainted, healed, pending)
+        lists = (plugged, unplugged, tainted, healed, pending, empty)
         outcome = ffi.new("sm_outcome *", (*(runs.array for runs in lists), *(runs.n for runs in lists)))
         return int(lib.sm_claim_finish(self._c, outcome, close))
 

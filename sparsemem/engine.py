@@ -86,7 +86,7 @@ def prepared(mapping: Mapping, operation: str, shift: int) -> Any:
     job.shift = shift
     # A chunk is a multiple of every page size, huge ones included: the
     # reset of one must not split what the one before has populated.
-    chunk = DISCARD_CHUNK if operation == "discard" else POPULATE_CHUNK
+    chunk = DISCARD_CHUNK if operation in ("discard", "thin", "empty", "protect") else POPULATE_CHUNK
     job.chunk = max(chunk, mapping.granule)
     mapping.prepare(job, operation)
     return job
@@ -97,7 +97,8 @@ class Work:
 
     Args:
         mapping: What to work on.
-        operation: "populate", "repopulate", "recycle", "discard" or an advice.
+        operation: "populate", "repopulate", "recycle", "discard", "thin", "empty", "protect" or an
+            advice.
         runs: What to work through, in units of `1 << shift` bytes.
         shift: The unit.
         threads: How many may work on it.
@@ -245,6 +246,11 @@ class Work:
         """Byte runs that were touched at all: what a rollback has to undo."""
         self._stop()
         return [run for part in self._parts for run in self._between(part, part.begun)]
+
+    def touched(self) -> list[Run]:
+        """As `begun`, without what a step failed on that has left it as it was."""
+        self._stop()
+        return [run for part in self._parts for run in self._between(part, part.at if part.intact else part.begun)]
 
     def done(self) -> list[Run]:
         """Byte runs that are completely done."""

@@ -29,13 +29,15 @@ from sparsemem.errors import (
     DiscardError,
     OperationCancelledError,
     PopulateError,
+    ReserveError,
     Run,
     UnsupportedError,
 )
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Announcement, Listener
 from sparsemem.quick import Quick, QuickFailedError
-from sparsemem.runs import EMPTY, Runs, clip, join, single, subtract, to_blocks
+from sparsemem.recipes import TRAP
+from sparsemem.runs import EMPTY, Runs, clip, join, subtract, to_blocks
 from sparsemem.statistics import Tally
 from sparsemem.units import exact_size
 from sparsemem.warm import Warm
@@ -161,11 +163,13 @@ class Plug(Operation):
         *,
         strict: bool = True,
         fit: tuple[int, int, str] | None = None,
+        populate: bool = True,
         control: Control = UNWATCHED,
     ) -> None:
         super().__init__(core, claim)
         self._strict = strict
         self._fit = fit
+        self._populate = populate
         self._control = control
         self.found: int | None = None
         """The first block that `fit`, a count, an alignment and a kind of fit, has found."""
@@ -190,24 +194,38 @@ class Plug(Operation):
         if size == 0:
             claim.finish()
             return 0
-        # What is pending has its memory still, and is only made fresh.
-        pending = claim.select(Map.PENDING, True) if core.deferral is not None else EMPTY
-        fresh = core.block_runs(subtract(list(new), list(pending))) if pending.n else new
-        # Up front, because a memory control group's limit has no errno.
-        self._spend(fresh.total << core.shift)
+        self._works = self._populating(new) if self._populate else self._emptying(new)
         claim.charge(size)
-        self._works = [core.work("populate", fresh)] if fresh.n else []
-        if pending.n:
-            keep = core.deferral is not None and core.deferral.keep
-            self._works.append(core.work("repopulate" if keep else "recycle", pending))
         for work in self._works:
             self._run(work)
         # Only now: a listener may use the memory at once.
         self._announcement = Announcement(core.listeners, "on_plug", new if core.listeners else ())
         self._announcement.tell()
-        changed = claim.finish(plugged=new)
+        changed = claim.finish(plugged=new, empty=EMPTY if self._populate else new)
         core.tally.plugged(size, sum(work.calls for work in self._works), time.monotonic() - started)
         return changed
+
+    def _populating(self, new: Runs) -> list[Work]:
+        core, claim = self.core, self.claim
+        # What is pending has its memory still, and is only made fresh.
+        pending = claim.select(Map.PENDING, True) if core.deferral is not None else EMPTY
+        fresh = core.block_runs(subtract(list(new), list(pending))) if pending.n else new
+        # Up front, because a memory control group's limit has no errno.
+        self._spend(fresh.total << core.shift)
+        works = [core.work("populate", fresh)] if fresh.n else []
+        if pending.n:
+            keep = core.deferral is not None and core.deferral.keep
+            works.append(core.work("repopulate" if keep else "recycle", pending))
+        return works
+
+    def _emptying(self, new: Runs) -> list[Work]:
+        """As if it were populated and discarded at once: nothing stray or pending may show."""
+        core = self.core
+        require_discard(core.mapping)
+        if core.mapping.protection == TRAP:
+            raise UnsupportedError("populate=False does not go with protection='trap': the first access would trap")
+        core.blocks.mark_pages(EMPTY, True)
+        return [core.work("empty", new)]
 
     def _spend(self, size: int) -> None:
         core = self.core
@@ -274,13 +292,15 @@ def populate_error(core: Core, errno: int, offset: int, populated: int) -> Popul
     )
 
 
-def discard_error(errno: int, block: int) -> DiscardError:
-    """The error of an unplug that failed on a block."""
+def discard_error(errno: int, block: int, *, intact: bool = False) -> DiscardError:
+    """The error of an unplug that failed on a block; `intact` if that is as it was."""
+    did, left = ("protect", "the others are as they were") if intact else ("discard", _TAINTED)
     return DiscardError(
-        errno,
-        f"cannot discard block {block}: {os.strerror(errno)}; "
-        "what was discarded before is unplugged, the blocks that it failed on are tainted",
+        errno, f"cannot {did} block {block}: {os.strerror(errno)}; what was discarded before is unplugged, {left}"
     )
+
+
+_TAINTED = "the blocks that it failed on are tainted"
 
 
 class Unplug(Operation):
@@ -336,7 +356,8 @@ class Unplug(Operation):
         try:
             self._work.run(self._control)
         except StepFailedError as failure:
-            raise discard_error(failure.errno, failure.offset >> core.shift) from None
+            intact = self._work.touched() == self._work.done()
+            raise discard_error(failure.errno, failure.offset >> core.shift, intact=intact) from None
         changed = claim.finish(unplugged=self._victims, healed=self._victims)
         if self._want is Want.PENDING_ONLY:
             core.tally.flushed(self._work.calls, time.monotonic() - started)
@@ -376,7 +397,7 @@ class Unplug(Operation):
         done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
         # All of a failed call's range: MADV_DONTNEED goes on past a hole and
         # still returns ENOMEM.
-        begun = to_blocks(work.begun(), shift)
+        begun = to_blocks(work.touched(), shift)
         return done, subtract(begun, done) if step_failed else []
 
 
@@ -424,6 +445,31 @@ def _flush_quietly(core: Core, deferral: Deferral) -> int:
     return 0
 
 
+def protect(core: Core, *, look: bool) -> None:
+    """Protects all blocks that start out unplugged; for a region that nobody else has yet.
+
+    Args:
+        core: The region's.
+        look: Whether to see first if there is the memory that this takes.
+
+    Raises:
+        ReserveError: The kernel refused, or there is not the memory.
+    """
+    if not core.mapping.protects:
+        return
+    runs = core.block_runs(list(core.blocks.runs(Map.PLUGGED, False)))
+    if look:
+        core.mapping.room_to_protect(runs.total << core.shift)
+    try:
+        core.work("protect", runs).run()
+    except StepFailedError as failure:
+        raise ReserveError(
+            failure.errno,
+            f"cannot protect block {failure.offset >> core.shift} (protection={core.mapping.protection!r}): "
+            f"{os.strerror(failure.errno)}",
+        ) from None
+
+
 def relieve(core: Core) -> bool:
     """Gives back what is not needed this moment, pending blocks and the warm pool; whether there was any."""
     given = 0 if core.deferral is None else _flush_quietly(core, core.deferral)
@@ -452,35 +498,53 @@ def refill(core: Core, control: Control = UNWATCHED) -> int:
 
 
 class Inner(Operation):
-    """Discards or populates pages inside plugged blocks, which stay plugged."""
+    """Discards or populates pages inside plugged blocks, which stay plugged.
 
-    def __init__(
-        self, core: Core, claim: Claim, operation: str, offset: int, length: int, *, spend: bool = True
-    ) -> None:
-        super().__init__(core, claim)
+    Args:
+        core: The region's.
+        runs: Byte runs of whole pages.
+        operation: "thin", which discards, or "repopulate".
+        strict: Refuse blocks that are not plugged, or tainted; else they are left out.
+        spend: Whether it counts against the headroom.
+    """
+
+    def __init__(self, core: Core, runs: Runs, operation: str, *, strict: bool = True, spend: bool = True) -> None:
+        super().__init__(core, Claim(core.blocks, runs.widened(core.shift)))
         self._operation = operation
+        self._strict = strict
         self._spend = spend
-        self._range = (offset, length)
+        self._runs = runs
         self._work: Work | None = None
 
     def perform(self) -> int:
-        core, claim, (offset, length) = self.core, self.claim, self._range
-        if self._operation == "discard":
+        core, claim = self.core, self.claim
+        if self._operation == "thin":
             require_discard(core.mapping)
-        if self._operation == "discard":
             # The map of such pages is made first: without it nothing may be discarded.
-            core.blocks.mark_pages(0, 0, True)
-        claim.take(Want.WITHIN_PLUGGED)
+            core.blocks.mark_pages(EMPTY, True)
+        claim.take(Want.WITHIN_PLUGGED, self._strict)
+        if not self._strict:
+            self._leave_out()
+        size = self._runs.total
         if self._operation == "repopulate" and self._spend:
-            core.gauge.spend(length)
-        self._work = Work(core.mapping, self._operation, single(offset, length, core.mapping.size, "byte"), 0)
+            core.gauge.spend(size)
+        self._work = Work(core.mapping, self._operation, self._runs, 0)
         try:
             self._work.run()
         except StepFailedError as failure:
             raise self._explain(failure) from None
-        self._mark()
+        core.blocks.mark_pages(self._runs, self._operation == "thin")
         claim.finish()
-        return length
+        return size
+
+    def _leave_out(self) -> None:
+        """Keeps only what lies in blocks that are plugged and not tainted."""
+        core, claim = self.core, self.claim
+        plugged, tainted = claim.select(Map.PLUGGED, True), claim.select(Map.TAINTED, True)
+        if plugged.total == claim.runs.total and not tainted.n:
+            return
+        usable = [(first << core.shift, n << core.shift) for first, n in subtract(plugged, tainted)]
+        self._runs = core.byte_runs(clip(self._runs, usable))
 
     def undo(self, error: BaseException | None) -> None:
         # What was populated stays, since it may hold content from before; what
@@ -494,22 +558,22 @@ class Inner(Operation):
 
     def _mark(self) -> None:
         assert self._work is not None
-        page = self.core.mapping.page_size
+        discards = self._operation == "thin"
         # A discard that failed may have done any part of its range: such pages may be absent, and that is no gap.
-        for first, count in self._work.begun() if self._operation == "discard" else self._work.done():
-            self.core.blocks.mark_pages(first // page, count // page, self._operation == "discard")
+        runs = self._work.begun() if discards else self._work.done()
+        self.core.blocks.mark_pages(self.core.byte_runs(runs), discards)
 
     def _explain(self, failure: StepFailedError) -> PopulateError | DiscardError:
         assert self._work is not None
         did, text = exact_size(self._work.bytes), os.strerror(failure.errno)
-        if self._operation == "discard":
+        if self._operation == "thin":
             done, begun = self._work.done(), self._work.begun()
             return DiscardError(
                 failure.errno,
                 f"cannot discard at offset {failure.offset}: {text}; {did} were",
                 discarded=tuple(done),
                 tainted=tuple(subtract(begun, done)),
-                remaining=tuple(subtract([self._range], begun)),
+                remaining=tuple(subtract(self._runs, begun)),
             )
         cause = self.core.mapping.diagnose(failure.errno, failure.offset)
         make = BackendExhaustedError if cause.exhausted else PopulateError

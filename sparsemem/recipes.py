@@ -38,6 +38,11 @@ class Step(enum.Enum):
     COLD = "madvise(MADV_COLD)"
     PAGEOUT = "madvise(MADV_PAGEOUT)"
     ZERO = "read(/dev/zero)"
+    ZERO_PAGES = "ioctl(UFFDIO_ZEROPAGE) of the zero page"
+    GUARD = "madvise(MADV_GUARD_INSTALL)"
+    UNGUARD = "madvise(MADV_GUARD_REMOVE)"
+    FORBID = "mprotect(PROT_NONE)"
+    ALLOW = "mprotect(PROT_READ | PROT_WRITE)"
 
 
 class Kind(enum.Enum):
@@ -91,6 +96,10 @@ class Recipe:
         huge: As `faults`, for mappings with huge pages; what is not in it is done as
             `faults` says.
         bridge: Bytes of unplugged memory over which one discard is cheaper than two.
+        trapped: The strategies, as in `faults`, that fill memory whose missing pages trap;
+            empty where nothing can trap.
+        blank: The steps after a discard inside a plugged block where missing pages trap, so
+            that it reads zero all the same; empty where only memory could do that.
     """
 
     faults: Mapping[str, tuple[Step, ...]]
@@ -101,31 +110,76 @@ class Recipe:
     cleanse: tuple[Step, ...] = ()
     huge: Mapping[str, tuple[Step, ...]] = field(factory=dict)
     bridge: int = 0
+    trapped: Mapping[str, tuple[Step, ...]] = field(factory=dict)
+    blank: tuple[Step, ...] = ()
     reset: tuple[Step, ...] = field(init=False)
 
     @reset.default
     def _reset_is_discard(self) -> tuple[Step, ...]:
         return self.discard
 
-    def populate(self, strategy: str, *, huge: bool = False, warm: bool = False) -> tuple[Step, ...]:
-        """All steps of a plug: move from the warm pool, or reset, fault and cleanse."""
+    def populate(
+        self, strategy: str, *, huge: bool = False, warm: bool = False, protection: str = "none"
+    ) -> tuple[Step, ...]:
+        """All steps of a plug: allow access, move from the warm pool, or reset, fault and cleanse."""
         move = (Step.MOVE,) if warm else ()
-        return move + self.reset + self.ways(huge=huge)[strategy] + self.cleanse
+        faults = self.ways(huge=huge, protection=protection)[strategy]
+        return PROTECTIONS[protection].lift + move + self.reset + faults + self.cleanse
 
-    def ways(self, *, huge: bool) -> Mapping[str, tuple[Step, ...]]:
+    def release(self, protection: str = "none") -> tuple[Step, ...]:
+        """All steps of an unplug: protect, and discard behind that."""
+        return PROTECTIONS[protection].protect + (self.discard or self.cleanse)
+
+    def thin(self, protection: str = "none") -> tuple[Step, ...]:
+        """The steps that discard within a plugged block."""
+        return self.discard + (self.blank if protection == TRAP else ())
+
+    def empty(self, protection: str = "none") -> tuple[Step, ...]:
+        """The steps of a plug that leaves populating to the first accesses."""
+        return PROTECTIONS[protection].lift + self.discard
+
+    def ways(self, *, huge: bool, protection: str = "none") -> Mapping[str, tuple[Step, ...]]:
         """The strategies that there are, with their steps."""
+        if protection == TRAP:
+            return self.trapped
         return {**self.faults, **self.huge} if huge else self.faults
 
     def recycle(self, strategy: str) -> tuple[Step, ...]:
         """The steps that make populated memory fresh without giving it back: what lacks, and zeroes."""
         return (*self.again(strategy), Step.ZERO)
 
-    def again(self, strategy: str) -> tuple[Step, ...]:
+    def again(self, strategy: str, protection: str = "none") -> tuple[Step, ...]:
         """The steps that populate a part of a block, perhaps a small one, and keep what is there."""
+        if protection == TRAP:
+            return self.trapped[strategy]
         if strategy == TOUCH:
             return self.faults[FUTEX]
         return self.faults[strategy if strategy in self.faults else POPULATE_WRITE]
 
+
+@frozen
+class Protection:
+    """What keeps accesses off unplugged blocks, in steps over whole blocks.
+
+    Attributes:
+        lift: Before all other steps of a plug.
+        protect: Before all other steps of an unplug: what is discarded then cannot come
+            back by an access in between.
+    """
+
+    lift: tuple[Step, ...] = ()
+    protect: tuple[Step, ...] = ()
+
+
+TRAP, GUARD, PROT_NONE = "trap", "guard", "prot_none"
+PROTECTIONS: Mapping[str, Protection] = {
+    "none": Protection(),
+    # Takes no step: registered with a userfaultfd, a page traps whenever it is not there.
+    TRAP: Protection(),
+    GUARD: Protection((Step.UNGUARD,), (Step.GUARD,)),
+    PROT_NONE: Protection((Step.ALLOW,), (Step.FORBID,)),
+}
+"""The ways to protect unplugged blocks; which of them a mapping can have, `backends.protection` says."""
 
 POPULATE_WRITE = "populate_write"
 FALLOCATE = "fallocate"
@@ -157,8 +211,12 @@ _FAULT = {POPULATE_WRITE: (Step.POPULATE_WRITE,), TOUCH: (Step.TOUCH,), FUTEX: (
 # Without touch, which leaves a zero in each page.
 _KEEP = {POPULATE_WRITE: (Step.POPULATE_WRITE,), FUTEX: (Step.FUTEX,)}
 
-_FILL = {UFFD_COPY: (Step.UFFD_COPY,), **_FAULT}
-_FILL_SHMEM = {UFFD_ZEROPAGE: (Step.UFFD_ZEROPAGE,), **_FILL}
+# Those that fill without a fault, so that nothing of ours is ever trapped.
+_COPY = {UFFD_COPY: (Step.UFFD_COPY,)}
+_COPY_SHMEM = {UFFD_ZEROPAGE: (Step.UFFD_ZEROPAGE,), **_COPY}
+_FILL = {**_COPY, **_FAULT}
+_FILL_SHMEM = {**_COPY_SHMEM, **_FAULT}
+_BLANK = (Step.ZERO_PAGES,)
 
 # fallocate first: it has an errno of its own (ENOSPC) where a fault has only
 # EFAULT.  Never on a private mapping: it would pay for pages that the private
@@ -183,7 +241,8 @@ _ONCE = {
     FUTEX: (Step.FUTEX, Step.PUNCH),
 }
 # UFFDIO_COPY fills in private pages alone; what it cannot do is populated the other way.
-_ONCE_FILLED = {UFFD_COPY: (Step.UFFD_COPY, Step.PUNCH), **_ONCE}
+_COPY_ONCE = {UFFD_COPY: (Step.UFFD_COPY, Step.PUNCH)}
+_ONCE_FILLED = {**_COPY_ONCE, **_ONCE}
 
 # A discard walks the page tables of what it covers, at about 0.4 us a MiB of nothing;
 # beyond that a range of its own in a vectored call is cheaper (measured: 1 MiB gaps
@@ -195,18 +254,32 @@ _PUNCH_FILE_AND_COPY = (Step.PUNCH, Step.DONTNEED)
 
 RECIPES: Mapping[Kind, Recipe] = {
     Kind.ANONYMOUS_PRIVATE: Recipe(
-        _FILL, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.WIPED, bridge=_WALK, huge=_LAST_FIRST
+        _FILL,
+        (Step.DONTNEED,),
+        Evidence.PRIVATE_PAGES,
+        Inheritance.WIPED,
+        bridge=_WALK,
+        huge=_LAST_FIRST,
+        trapped=_COPY,
+        blank=_BLANK,
     ),
     # No descriptor to punch, and DONTNEED only drops the page tables.
-    Kind.ANONYMOUS_SHARED: Recipe(_FILL_SHMEM, (Step.REMOVE,), Evidence.PAGE_CACHE, Inheritance.SHARED, huge=_COLLAPSE),
+    Kind.ANONYMOUS_SHARED: Recipe(
+        _FILL_SHMEM,
+        (Step.REMOVE,),
+        Evidence.PAGE_CACHE,
+        Inheritance.SHARED,
+        huge=_COLLAPSE,
+        trapped=_COPY_SHMEM,
+    ),
     # WIPEONFORK is EINVAL on hugetlb; a NORESERVE parent could SIGBUS on its
     # own write after a fork, so the child gets nothing.
     Kind.ANONYMOUS_HUGETLB: Recipe(
-        _FAULT, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST
+        _FAULT, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST, trapped=_COPY
     ),
     # No descriptor either; and as with a hugetlb file, only mapped pages can be seen.
     Kind.ANONYMOUS_HUGETLB_SHARED: Recipe(
-        _FAULT, (Step.REMOVE,), Evidence.MAPPED_PAGES, Inheritance.SHARED, huge=_LAST_FIRST
+        _FAULT, (Step.REMOVE,), Evidence.MAPPED_PAGES, Inheritance.SHARED, huge=_LAST_FIRST, trapped=_COPY
     ),
     Kind.SHMEM_SHARED: Recipe(
         _FILL_SHMEM,
@@ -215,12 +288,23 @@ RECIPES: Mapping[Kind, Recipe] = {
         Inheritance.SHARED,
         bridge=_ALWAYS,
         huge=_COLLAPSE,
+        trapped=_COPY_SHMEM,
     ),
-    Kind.SHMEM_PRIVATE: Recipe(_ONCE_FILLED, _PUNCH_FILE_AND_COPY, Evidence.PRIVATE_PAGES, Inheritance.ABSENT),
-    Kind.HUGETLB_SHARED: Recipe(_ALLOCATE, (Step.PUNCH,), Evidence.MAPPED_PAGES, Inheritance.SHARED, huge=_LAST_FIRST),
+    Kind.SHMEM_PRIVATE: Recipe(
+        _ONCE_FILLED,
+        _PUNCH_FILE_AND_COPY,
+        Evidence.PRIVATE_PAGES,
+        Inheritance.ABSENT,
+        trapped=_COPY_ONCE,
+        blank=_BLANK,
+    ),
+    # UFFDIO_ZEROPAGE is EINVAL on hugetlb pages of every kind, UFFDIO_COPY is not (measured on 6.18).
+    Kind.HUGETLB_SHARED: Recipe(
+        _ALLOCATE, (Step.PUNCH,), Evidence.MAPPED_PAGES, Inheritance.SHARED, huge=_LAST_FIRST, trapped=_COPY
+    ),
     # Populated once by nature: a private hugetlb fault allocates no file page.
     Kind.HUGETLB_PRIVATE: Recipe(
-        _FAULT, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST
+        _FAULT, (Step.DONTNEED,), Evidence.PRIVATE_PAGES, Inheritance.ABSENT, huge=_LAST_FIRST, trapped=_COPY
     ),
     Kind.DISK_SHARED: Recipe(_ALLOCATE, (Step.PUNCH,), Evidence.FILE_EXTENTS, Inheritance.SHARED),
     Kind.DISK_PRIVATE: Recipe(_FAULT, _PUNCH_FILE_AND_COPY, Evidence.PRIVATE_PAGES, Inheritance.ABSENT),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import logging
 import threading
 import time
@@ -23,6 +24,7 @@ from sparsemem.audit import Audit
 from sparsemem.audit import audit as _audit
 from sparsemem.backends import Anonymous
 from sparsemem.backends.base import Backend, Mapping, Request
+from sparsemem.backends.protection import check_protection
 from sparsemem.bitmap import fit_code
 from sparsemem.blocks import BlockMap, Claim, Map, Want
 from sparsemem.budget import Budget
@@ -52,13 +54,15 @@ from sparsemem.operations import (
     execute,
     flush,
     plug_at_once,
+    protect,
     refill,
     require_discard,
     resize,
     unplug_at_once,
 )
-from sparsemem.runs import Runs, RunsInput, collect, index_of, single, subtract
+from sparsemem.runs import Runs, RunsInput, clip, collect, index_of, single, subtract
 from sparsemem.statistics import Stats, Tally
+from sparsemem.stray import Catcher, StrayAccess, check_callback
 from sparsemem.units import Size, exact_size, parse_size
 from sparsemem.views import make_view
 from sparsemem.warm import Warm
@@ -116,6 +120,20 @@ class Region:
             Peers that share the memory see its content until then.
         reuse: What a block reads that is plugged again before its discard: "zero",
             or "keep" for whatever it held (or zero, if the discard came first).
+        protection: What keeps accesses off unplugged blocks.  "none": nothing, as in QEMU.
+            "trap": userfaultfd; an access is SIGBUS and a system call EFAULT, for no
+            memory at all, but without transparent huge pages.  Not on files on disks.
+            "guard": guard pages, SIGSEGV and EFAULT; they take page tables, 2 MiB for
+            each GiB of the region and 4 s for each TiB when it is made (measured).  Not on
+            hugetlb.  "prot_none": mprotect, SIGSEGV and EFAULT; works on all kernels and
+            mappings, but each run of plugged blocks is a mapping of its own then, of
+            which a process has 65530 (vm.max_map_count): an unplug that finds none left
+            is a `DiscardError` that has changed nothing.  See docs/hazards.md.
+        catch_stray: With protection="trap": called with a `StrayAccess` after each access to
+            an unplugged block, which is let through instead (system calls are EFAULT all
+            the same, and not told).  It runs in a thread of the region's, outside of all
+            locks; what it raises is logged.  An access is told once a page: what it leaves
+            there lets later ones pass, until the next plug of the block discards it.
         warm: Bytes of populated memory held ready, whole blocks, which plugs move
             into place; filled now and by `refill()`, given back when memory runs
             out.  For private anonymous memory, where the kernel can move it.
@@ -143,6 +161,8 @@ class Region:
         headroom: str = "check",
         dump: bool = False,
         fork: str = "refuse",
+        protection: str = "none",
+        catch_stray: Callable[[StrayAccess], object] | None = None,
         threads: int | None = None,
         unplug_delay: float | None = None,
         reuse: str = "zero",
@@ -164,6 +184,13 @@ class Region:
         deferral = check_deferral(unplug_delay, reuse)
         if deferral is not None and fork == "inherit":
             raise ValueError("unplug_delay does not go with fork='inherit': late discards would hit the other's blocks")
+        self._protection = check_protection(protection)
+        check_callback(catch_stray, protection)
+        if deferral is not None and protection != "none":
+            raise ValueError(
+                f"unplug_delay does not go with protection={protection!r}: "
+                "what is unplugged and still has its memory would not be protected"
+            )
         self._headroom = check_mode(headroom)
         self._backend = backend
         self._page_size = backend.page_size
@@ -175,8 +202,9 @@ class Region:
         ready = check_warm(warm, self._block_size)
         blocks = BlockMap(self.nblocks, self._block_size, self._page_size, budget)
         try:
+            self._catcher: Catcher | None = None
             blocks.adopt(given)  # before the backend touches anything, for the budget may refuse
-            self._mapping: Mapping = _reserve(backend, self._request(given, dump))
+            self._mapping: Mapping = _reserve(backend, self._request(given, dump, catch=catch_stray is not None))
             self._address = self._mapping.address
             self._core = Core(
                 mapping=self._mapping,
@@ -190,17 +218,21 @@ class Region:
             )
             refill(self._core)
             self._adopt(given)
+            if catch_stray is not None:
+                self._catcher = _catch(self._core, catch_stray)
             _fork.register(self._core)
             self._closed = False  # last: what is interrupted before was never open
         except BaseException:
             blocks.abandon()
+            if hasattr(self, "_catcher") and self._catcher is not None:
+                self._catcher.stop()
             if hasattr(self, "_core") and self._core.warm is not None:
                 self._core.warm.close()
             if hasattr(self, "_mapping"):
                 self._mapping.abandon()
             raise
 
-    def _request(self, given: Runs, dump: bool) -> Request:
+    def _request(self, given: Runs, dump: bool, *, catch: bool) -> Request:
         block = self._block_size
         return Request(
             size=self._size,
@@ -208,6 +240,8 @@ class Region:
             fork=self._fork,
             dump=dump,
             name=self._name,
+            protection=self._protection,
+            catch=catch,
             plugged=tuple((first * block, count * block) for first, count in given),
         )
 
@@ -220,8 +254,9 @@ class Region:
         found = [(first >> core.shift, count >> core.shift) for first, count in self._mapping.adopted]
         found = subtract(found, given)
         core.blocks.adopt(core.block_runs(found))
+        protect(core, look=self._headroom == "check")
         for offset, length in self._mapping.unpopulated:
-            execute(self._inner("repopulate", offset, length, spend=not self._mapping.adopts_pages))
+            execute(Inner(core, self._pages(offset, length), "repopulate", spend=not self._mapping.adopts_pages))
         self._mapping.settle()
 
     # ---- facts ----------------------------------------------------------------------------
@@ -265,6 +300,16 @@ class Region:
     def fresh(self) -> str:
         """What a freshly plugged block reads: "zero", or "file" for a template."""
         return self._mapping.fresh
+
+    @property
+    def can_unplug(self) -> bool:
+        """Whether the backend can give memory back (memfd_secret cannot)."""
+        return self._mapping.can_discard
+
+    @property
+    def protection(self) -> str:
+        """What keeps accesses off unplugged blocks: "none", "trap", "guard" or "prot_none"."""
+        return self._protection
 
     @property
     def name(self) -> str:
@@ -418,6 +463,7 @@ class Region:
         count: int = 1,
         *,
         exist_ok: bool = False,
+        populate: bool = True,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         deadline: float | None = None,
@@ -430,6 +476,8 @@ class Region:
             first: The first block.
             count: How many blocks.
             exist_ok: Let blocks that are plugged already stay as they are.
+            populate: With False they get memory by the first access to each page, which
+                may fail as any fault may: as if they were plugged and discarded inside.
             progress: Called with `(bytes done, bytes in all)` about every 40 ms and
                 at the end, in this thread; what it raises stops the plug.
             cancel: When it is set, the plug stops within 50 ms and is rolled back.
@@ -446,18 +494,20 @@ class Region:
             BackendExhaustedError: There is not enough memory; `cause` says why.
             PopulateError: Something else failed.
             ListenerVetoError: A listener refused.
+            UnsupportedError: populate=False on memory that cannot be given back.
             RegionClosedError: It is closed.
         """
         control = _control(progress, cancel, deadline)
-        if control is UNWATCHED and plug_at_once(self._core, first, count):
+        if control is UNWATCHED and populate and plug_at_once(self._core, first, count):
             return count
-        return self._plug(single(first, count, self.nblocks), exist_ok, control)
+        return self._plug(single(first, count, self.nblocks), exist_ok, populate, control)
 
     def plug_runs(
         self,
         runs: RunsInput,
         *,
         exist_ok: bool = False,
+        populate: bool = True,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         deadline: float | None = None,
@@ -467,7 +517,8 @@ class Region:
         Args:
             runs: `(first, count)` pairs in any order, or a C-contiguous uint64
                 buffer of shape (n, 2).  Runs that touch are treated as one.
-            exist_ok: As for `plug`.
+            exist_ok: As for `plug`; so is `populate`.
+            populate: Whether they get memory now.
             progress: As for `plug`; so are `cancel` and `deadline`.
             cancel: When it is set, all of it is rolled back.
             deadline: Seconds from now.
@@ -479,7 +530,7 @@ class Region:
             BlockRangeError: A run is out of range, empty, or overlaps another.
             As `plug`.
         """
-        return self._plug(collect(runs, self.nblocks), exist_ok, _control(progress, cancel, deadline))
+        return self._plug(collect(runs, self.nblocks), exist_ok, populate, _control(progress, cancel, deadline))
 
     def plug_fit(self, count: int, *, align: int = 1, fit: str = "first") -> int | None:
         """Finds a place for `count` blocks and plugs them, with nobody in between.
@@ -620,11 +671,33 @@ class Region:
             DiscardError: The kernel failed.
             UnsupportedError: The backend cannot give memory back.
         """
-        operation = self._inner("discard", offset, length)
+        pages = self._pages(offset, length)
         self._core.blocks.check_open()
-        ((start, size),) = single(offset, length, self._size, "byte")
+        ((start, size),) = pages
         warn_of_split(self._mapping, start, size, stacklevel=2)
-        execute(operation)
+        execute(Inner(self._core, pages, "thin"))
+
+    def discard_runs(self, runs: RunsInput, *, missing_ok: bool = False) -> int:
+        """Gives many pages inside plugged blocks back at once; the blocks stay plugged.
+
+        As `discard`, but without the warning of split huge pages: whoever hands over
+        scattered pages means to.
+
+        Args:
+            runs: `(offset, length)` pairs in bytes, multiples of `page_size`, in any
+                order, or a C-contiguous uint64 buffer of shape (n, 2).
+            missing_ok: Leave out what lies in blocks that are not plugged, or tainted.
+
+        Returns:
+            The bytes that were discarded.
+
+        Raises:
+            As `discard`.
+        """
+        pages = collect(runs, self._size, "byte")
+        self._core.blocks.check_open()
+        self._check_pages(pages)
+        return execute(Inner(self._core, pages, "thin", strict=not missing_ok)) if pages.n else 0
 
     def populate(self, offset: int, length: int) -> None:
         """Populates pages inside plugged blocks again; what they hold stays.
@@ -641,7 +714,7 @@ class Region:
             BlockStateError: A block is not plugged, or tainted.
             PopulateError: The kernel failed.
         """
-        execute(self._inner("repopulate", offset, length))
+        execute(Inner(self._core, self._pages(offset, length), "repopulate"))
 
     def collapse(self, first: int, count: int = 1) -> int:
         """Has the kernel put what plugged blocks hold into huge pages, which discards and small populates undo.
@@ -703,21 +776,27 @@ class Region:
         """
         self._advise("pageout", first, count)
 
-    def scrub(self) -> int:
+    def scrub(self, first: int = 0, count: int | None = None) -> int:
         """Tries again to discard tainted blocks.
 
         Those that were to be unplugged are unplugged then.
+
+        Args:
+            first: The first block that it may be.
+            count: How many from there on; None is all.
 
         Returns:
             The number of blocks that are mended; what fails again stays tainted.
 
         Raises:
+            BlockRangeError: There are no such blocks.
             UnsupportedError: The backend cannot give memory back.
         """
         require_discard(self._mapping)
         self._core.blocks.check_open()
+        within = single(first, self.nblocks - first if count is None else count, self.nblocks)
         mended = 0
-        for first, count in list(self.tainted_runs()):
+        for first, count in clip(self.tainted_runs(), within):
             claim = Claim(self._core.blocks, single(first, count, self.nblocks))
             try:
                 execute(Unplug(self._core, claim, want=Want.TAINTED_ONLY))
@@ -785,8 +864,9 @@ class Region:
         self._core.blocks.check_open()
         return refill(self._core, _control(progress, cancel, deadline))
 
-    def _plug(self, runs: Runs, exist_ok: bool, control: Control) -> int:
-        return execute(Plug(self._core, Claim(self._core.blocks, runs), strict=not exist_ok, control=control))
+    def _plug(self, runs: Runs, exist_ok: bool, populate: bool, control: Control) -> int:
+        claim = Claim(self._core.blocks, runs)
+        return execute(Plug(self._core, claim, strict=not exist_ok, populate=populate, control=control))
 
     def _unplug(self, runs: Runs, missing_ok: bool, control: Control = UNWATCHED) -> int:
         return execute(Unplug(self._core, Claim(self._core.blocks, runs), strict=not missing_ok, control=control))
@@ -795,15 +875,17 @@ class Region:
         claim = Claim(self._core.blocks, single(first, count, self.nblocks))
         return execute(Advise(self._core, claim, advice))
 
-    def _inner(self, operation: str, offset: int, length: int, *, spend: bool = True) -> Inner:
-        ((start, size),) = single(offset, length, self._size, "byte")
-        if start % self._page_size or size % self._page_size:
+    def _pages(self, offset: int, length: int) -> Runs:
+        pages = single(offset, length, self._size, "byte")
+        self._check_pages(pages)
+        return pages
+
+    def _check_pages(self, runs: Runs) -> None:
+        if not runs.are_multiples(self._page_size):
+            start, size = next(run for run in runs if any(edge % self._page_size for edge in run))
             raise BlockRangeError(
                 f"bytes {start} to {start + size - 1} are not whole pages of {exact_size(self._page_size)}"
             )
-        first, count = self.blocks(start, size, "outward")
-        claim = Claim(self._core.blocks, single(first, count, self.nblocks))
-        return Inner(self._core, claim, operation, start, size, spend=spend)
 
     # ---- views ----------------------------------------------------------------------------
 
@@ -874,6 +956,7 @@ class Region:
     def stats(self) -> Stats:
         """Figures of this moment."""
         counts, block = self._core.blocks.counts(), self._block_size
+        strays, dropped = (0, 0) if self._catcher is None else self._catcher.counts()
         return Stats(
             size=self._size,
             plugged_size=counts.plugged * block,
@@ -883,6 +966,8 @@ class Region:
             busy_size=counts.busy * block,
             views=counts.pins,
             strategy=self._mapping.strategy,
+            strays=strays,
+            strays_dropped=dropped,
             **self._core.counts(),  # type: ignore[arg-type]
         )
 
@@ -948,6 +1033,8 @@ class Region:
             with contextlib.suppress(RegionClosedError):
                 execute(Whole(self._core, self._core.listeners, "on_unplug", close=True, force=force))
             self._closed = True
+        if self._catcher is not None:
+            self._catcher.close()
         if self._core.warm is not None:
             self._core.warm.close()
         self._mapping.close()
@@ -991,6 +1078,8 @@ class Region:
             self._closed = True
             self._core.blocks.abandon()
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            if self._catcher is not None:
+                self._catcher.stop()
             self._mapping.close()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -1004,9 +1093,21 @@ class Region:
         state = "closed" if self._closed else f"{exact_size(self.plugged_size)} plugged"
         where = "" if self._closed or self._address is None else f", at {self._address:#x}"
         return (
-            f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, threads={self._threads}, "
-            f"name={self._name!r}), {state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
+            f"<Region({options}, headroom={self._headroom!r}, fork={self._fork!r}, "
+            f"protection={self._protection!r}, threads={self._threads}, name={self._name!r}), "
+            f"{state}, strategy={self._mapping.strategy!r}, thp={self._mapping.thp}{where}>"
         )
+
+
+def _catch(core: Core, callback: Callable[[StrayAccess], object]) -> Catcher:
+    """Has the callback told of stray accesses from now on."""
+    try:
+        watch = core.mapping.watch(core.blocks.plugged_words, core.shift, core.blocks.c)
+        return Catcher(watch, core.shift, callback)
+    except OSError as error:
+        raise ReserveError(error.errno, f"no thread can be had for catch_stray: {error.strerror}") from error
+    except RuntimeError as error:  # Python's own word for it
+        raise ReserveError(errno.EAGAIN, f"no thread can be had for catch_stray: {error}") from error
 
 
 def _deferrable(deferral: Deferral | None, mapping: Mapping) -> Deferral | None:
@@ -1021,13 +1122,17 @@ def _deferrable(deferral: Deferral | None, mapping: Mapping) -> Deferral | None:
 def _reserve(backend: Backend, request: Request) -> Mapping:
     """The backend's mapping; whatever system call failed in it, the error is ours and says of what."""
     try:
-        return backend.reserve(request)
+        mapping = backend.reserve(request)
     except SparseMemError:
         raise
     except OSError as error:
         raise ReserveError(
             error.errno, f"cannot reserve {exact_size(request.size)} of {backend}: {error.strerror}"
         ) from error
+    if mapping.protection != request.protection:
+        mapping.abandon()
+        raise UnsupportedError(f"{backend} has no protection={request.protection!r}")
+    return mapping
 
 
 def _control(progress: Progress | None, cancel: threading.Event | None, deadline: float | None) -> Control:

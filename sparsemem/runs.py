@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any, SupportsIndex, Union
 
 from sparsemem._sys import ffi, lib
-from sparsemem.bitmap import pairs
+from sparsemem.bitmap import Bitmap, pairs
 from sparsemem.errors import BlockRangeError, Run
 
 RunsInput = Union["Runs", Iterable["tuple[SupportsIndex, SupportsIndex]"], memoryview, Any]
@@ -44,6 +44,46 @@ class Runs:
     def total(self) -> int:
         """Units in all runs together."""
         return int(lib.sm_runs_total(self.array, self.n))
+
+    def scaled(self, shift: int) -> Runs:
+        """The same in units `1 << shift` times as small."""
+        return self.within(0, 1 << (63 - shift), shift=shift)
+
+    def fill(self, bitmap: Bitmap, value: bool) -> None:
+        """Sets or clears the bits of the runs, which must be within the bitmap."""
+        lib.sm_bits_fill_runs(bitmap.words, self.array, self.n, value)
+
+    def whole(self, bitmap: Bitmap, shift: int) -> Runs:
+        """Of the units of `1 << shift` bits that the runs touch, those whose bits are all set."""
+        out = ffi.new("sm_run[]", self.n)
+        return Runs(out, int(lib.sm_bits_whole(bitmap.words, self.array, self.n, shift, out)))
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Where the first run begins and the last one ends; there must be one."""
+        last = self.array[self.n - 1]
+        return int(self.array[0].first), int(last.first + last.count)
+
+    def are_multiples(self, unit: int) -> bool:
+        """Whether all of them begin and end at multiples of a power of two."""
+        return bool(lib.sm_runs_aligned(self.array, self.n, unit))
+
+    def within(self, first: int, count: int, *, base: int = 0, shift: int = 0) -> Runs:
+        """The parts in [first, first + count), as offsets from `first`, in units `1 << shift` times as small.
+
+        Args:
+            first: Where the window begins.
+            count: How long it is.
+            base: Added to the offsets, after they were scaled.
+            shift: What they are scaled by.
+        """
+        out = ffi.new("sm_run[]", self.n)
+        return Runs(out, int(lib.sm_runs_within(self.array, self.n, (first, count), base, shift, out)))
+
+    def widened(self, shift: int) -> Runs:
+        """The units of `1 << shift` that the runs touch."""
+        out = ffi.new("sm_run[]", self.n)
+        return Runs(out, int(lib.sm_runs_widen(self.array, self.n, shift, out)))
 
 
 EMPTY = Runs(ffi.new("sm_run[]", 0), 0)
@@ -81,10 +121,13 @@ def collect(runs: RunsInput, limit: int, unit: str = "block") -> Runs:
         TypeError: Not pairs of integers.
         BlockRangeError: A run is empty, negative, beyond the limit, or overlaps another.
     """
-    flat = _flat_from_buffer(runs)
-    if flat is None:
-        flat = _flat_from_pairs(runs, unit)
-    n = len(flat) * 8 // _RUN_BYTES
+    if isinstance(runs, Runs):
+        flat, n = runs.array, runs.n
+    else:
+        flat = _flat_from_buffer(runs)
+        if flat is None:
+            flat = _flat_from_pairs(runs, unit)
+        n = len(flat) * 8 // _RUN_BYTES
     cdata = ffi.new("sm_run[]", n)
     ffi.memmove(cdata, flat, n * _RUN_BYTES)
     return normalise(cdata, n, limit, unit)

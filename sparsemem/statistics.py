@@ -28,6 +28,8 @@ class Stats:
         rollbacks: How many of those had something to roll back.
         seconds: Time spent in operations that succeeded.
         strategy: How the region populates.
+        strays: Accesses to unplugged blocks that `catch_stray` has caught.
+        strays_dropped: How many of those came too fast for it to be told of.
     """
 
     size: int
@@ -46,6 +48,8 @@ class Stats:
     rollbacks: int
     seconds: float
     strategy: str
+    strays: int = 0
+    strays_dropped: int = 0
 
 
 class Tally:

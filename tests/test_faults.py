@@ -40,6 +40,7 @@ FALLOCATE = "EBADF EFBIG EINVAL EIO ENODEV ENOSPC EOPNOTSUPP EPERM ESPIPE ETXTBS
 FUTEX = "EFAULT EACCES EINVAL ENOSYS EAGAIN".split()
 # What the step gives where neither userfaultfd nor the populate that takes over can do it.
 UFFD = sorted({*MADVISE, *"EAGAIN EEXIST EFAULT EINVAL ENOENT ENOSPC ESRCH".split()})
+MPROTECT = "EACCES EINVAL ENOMEM".split()
 READV = "EAGAIN EBADF EFAULT EINVAL EIO EISDIR EMFILE ENFILE ENOENT ENOMEM".split()
 OF_STEP = {
     Step.DONTNEED: MADVISE,
@@ -53,6 +54,10 @@ OF_STEP = {
     Step.UFFD_COPY: UFFD,
     Step.UFFD_ZEROPAGE: UFFD,
     Step.TOUCH: READV,
+    Step.GUARD: MADVISE,
+    Step.UNGUARD: MADVISE,
+    Step.FORBID: MPROTECT,
+    Step.ALLOW: MPROTECT,
     Step.COLLAPSE: [],  # what it cannot collapse is populated with small pages
 }
 OF_CALL = {
@@ -148,8 +153,10 @@ def populate_cases() -> list[object]:
     return cases
 
 
-def ready(name: str, strategy: str, request: pytest.FixtureRequest, inject: Injector) -> tuple[Made, Region, Told]:
-    made = make(_kind(name), request, strategy)
+def ready(
+    name: str, strategy: str, request: pytest.FixtureRequest, inject: Injector, protection: str = "none"
+) -> tuple[Made, Region, Told]:
+    made = make(_kind(name), request, strategy, protection)
     region = made.region(budget=Budget("1G"))
     told = Told()
     region.add_listener(told)

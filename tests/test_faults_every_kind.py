@@ -10,12 +10,15 @@ import errno
 import pytest
 
 from sparsemem import DiscardError, PopulateError, Region, ReserveError, Secret, UnsupportedError
+from sparsemem.recipes import Step
 from tests.support import accounting
 from tests.support.injector import Injector
 from tests.support.kinds import KINDS, Made
-from tests.test_faults import OF_STEP, check_others, number, plugged, ready, tainted
+from tests.test_faults import OF_STEP, Told, check_others, number, plugged, ready, tainted
 
-NAMES = [kind.id for kind in KINDS if kind.discards and kind.has_memory and not kind.id.endswith("4K")]
+CHOSEN = [kind for kind in KINDS if kind.discards and kind.has_memory and not kind.id.endswith("4K")]
+NAMES = [kind.id for kind in CHOSEN]
+EACH = [pytest.param(kind.id, how, id=f"{kind.id}-{how}") for kind in CHOSEN for how in ("none", *kind.protections)]
 RUNS = [(2, 1), (4, 1), (6, 1)]
 GAPS = (3, 5)
 HELD = {0, 9}
@@ -44,9 +47,21 @@ def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject
     except UnsupportedError as error:
         assert "does not work on" in str(error)
         return
+    check_a_plug(made, region, told, inject)
+
+
+@pytest.mark.parametrize(("name", "protection"), [each for each in EACH if "none" not in each.values])
+def test_a_plug_of_protected_blocks(
+    name: str, protection: str, request: pytest.FixtureRequest, inject: Injector
+) -> None:
+    check_a_plug(*ready(name, "auto", request, inject, protection), inject)
+
+
+def check_a_plug(made: Made, region: Region, told: Told, inject: Injector) -> None:
     with region:
         before, mapping = made.used(region), region._mapping
-        for step in dict.fromkeys(mapping.recipe.populate(mapping.strategy, huge=mapping.huge)):  # type: ignore[attr-defined]
+        recipe = mapping.recipe  # type: ignore[attr-defined]
+        for step in dict.fromkeys(recipe.populate(mapping.strategy, huge=mapping.huge, protection=region.protection)):
             for code in OF_STEP[step]:
                 for nth, after in ((1, 0), (2, part(made)), (3, 0)):
                     inject.step(step, errno=number(code), nth=nth, after=after)
@@ -62,15 +77,15 @@ def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject
 
 
 @pytest.mark.promise("tainted-is-mended")
-@pytest.mark.parametrize("name", NAMES)
-def test_a_rollback(name: str, request: pytest.FixtureRequest, inject: Injector) -> None:
+@pytest.mark.parametrize(("name", "protection"), EACH)
+def test_a_rollback(name: str, protection: str, request: pytest.FixtureRequest, inject: Injector) -> None:
     """The third block cannot be populated, and from the nth on no discard works either."""
-    made, region, told = ready(name, "auto", request, inject)
+    made, region, told = ready(name, "auto", request, inject, protection)
     with region:
         before, mapping = made.used(region), region._mapping
         recipe = mapping.recipe  # type: ignore[attr-defined]
-        fault = recipe.ways(huge=mapping.huge)[mapping.strategy][0]
-        for step in recipe.discard:
+        fault = recipe.ways(huge=mapping.huge, protection=protection)[mapping.strategy][0]
+        for step in recipe.release(protection):
             for nth, left in ((1, {2, 4, 6}), (2, {4, 6}), (3, {6}), (4, set())):
                 inject.step(fault, errno=errno.ENOMEM, nth=3, after=part(made))
                 inject.step(step, errno=errno.EIO, nth=nth, repeat=100)
@@ -87,15 +102,17 @@ def test_a_rollback(name: str, request: pytest.FixtureRequest, inject: Injector)
 
 
 @pytest.mark.promise("unplug-says-what-happened")
-@pytest.mark.parametrize("name", NAMES)
-def test_an_unplug(name: str, request: pytest.FixtureRequest, inject: Injector) -> None:
-    made, region, told = ready(name, "auto", request, inject)
+@pytest.mark.parametrize(("name", "protection"), EACH)
+def test_an_unplug(name: str, protection: str, request: pytest.FixtureRequest, inject: Injector) -> None:
+    """What access could not be taken from is as it was; whatever else fails taints its block."""
+    made, region, told = ready(name, "auto", request, inject, protection)
     held = HELD | set(GAPS)
     with region:
         for gap in GAPS:  # plugged, so that each block is a call of its own: no discard bridges them
             region.plug(gap)
         before = made.used(region)
-        for step in region._mapping.recipe.discard:  # type: ignore[attr-defined]
+        for step in region._mapping.recipe.release(protection):  # type: ignore[attr-defined]
+            intact = step is Step.FORBID
             for code in OF_STEP[step]:
                 for nth, after in ((1, 0), (2, part(made)), (3, part(made))):
                     region.plug_runs(RUNS)
@@ -104,12 +121,15 @@ def test_an_unplug(name: str, request: pytest.FixtureRequest, inject: Injector) 
                         region.unplug_runs(RUNS)
                     assert caught.value.errno == number(code)
                     assert caught.value.discarded == tuple(RUNS[: nth - 1])
-                    assert caught.value.tainted == (RUNS[nth - 1],)
-                    assert caught.value.remaining == tuple(RUNS[nth:])
+                    assert caught.value.tainted == (() if intact else (RUNS[nth - 1],))
+                    assert caught.value.remaining == tuple(RUNS[nth - intact :])
                     assert plugged(region) == told.blocks == held | {first for first, _ in RUNS[nth - 1 :]}
                     inject.clear()
-                    assert region.scrub() == 1
-                    assert region.unplug_runs(RUNS[nth:]) == 3 - nth
+                    assert region.scrub() == (not intact)
+                    if intact:
+                        with region.view(RUNS[nth - 1][0]) as view:
+                            assert bytes(view[:8]) == made.kind.fresh(8)
+                    assert region.unplug_runs(RUNS[nth - intact :]) == 3 - nth + intact
                     assert told.blocks == held
                     settled(made, region, before, held)
                     assert region.audit().ok

@@ -15,7 +15,7 @@ import pytest
 from sparsemem import Anonymous, File, ForkedRegionError, Memfd, Region, RegionClosedError, Simulated
 from tests.support import accounting
 from tests.support.children import run_child
-from tests.support.kinds import Made, every_viewable, private_bytes
+from tests.support.kinds import Made, every_viewable, every_viewable_or_protected, private_bytes
 from tests.test_listeners import Listener
 
 pytestmark = pytest.mark.promise("fork-safe")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.promise("fork-safe")
 BLOCK = 64 << 10
 
 
-@every_viewable
+@every_viewable_or_protected
 def test_a_child_cannot_use_the_region_and_its_end_changes_nothing(made: Made) -> None:
     listener = Listener("parent")
     with made.region() as region:
@@ -60,7 +60,7 @@ def test_a_child_cannot_use_the_region_and_its_end_changes_nothing(made: Made) -
         region.unplug(0)
 
 
-@every_viewable
+@every_viewable_or_protected
 def test_an_inherited_view_reads_zero_or_the_shared_memory_and_never_crashes(made: Made) -> None:
     with made.region() as region:
         region.plug(0)

@@ -87,6 +87,7 @@ def plugged(region: Region) -> set[int]:
 
 OPERATIONS: dict[str, tuple[Callable[[Region], Any], set[int]]] = {
     "plug": (lambda r: r.plug(2, 3), PLUGGED | {2, 3, 4}),
+    "plug without memory": (lambda r: r.plug(2, 3, populate=False), PLUGGED | {2, 3, 4}),
     "plug exist_ok": (lambda r: r.plug(0, 10, exist_ok=True), set(range(10))),
     "plug_runs": (lambda r: r.plug_runs([(9, 1), (3, 2)]), PLUGGED | {3, 4, 9}),
     "plug_fit": (lambda r: r.plug_fit(3), PLUGGED | {2, 3, 4}),
@@ -96,6 +97,7 @@ OPERATIONS: dict[str, tuple[Callable[[Region], Any], set[int]]] = {
     "grow": (lambda r: r.resize(6 * BLOCK), PLUGGED | {2, 3}),
     "shrink": (lambda r: r.resize(BLOCK), {0}),
     "discard": (lambda r: r.discard(4096, 8192), PLUGGED),
+    "discard_runs": (lambda r: r.discard_runs([(4096, 8192), (3 * BLOCK, 4096)], missing_ok=True), PLUGGED),
     "populate": (lambda r: r.populate(4096, 8192), PLUGGED),
     "view": (lambda r: r.view(0).release(), PLUGGED),
     "add_listener": (lambda r: r.add_listener(Told()), PLUGGED),

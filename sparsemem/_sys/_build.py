@@ -9,7 +9,7 @@ from pathlib import Path
 from cffi import FFI
 
 SHIM = Path(__file__).parent / "shim"
-SOURCES = ("bits.c", "blocks.c", "engine.c", "steps.c", "quick.c", "uffd.c", "calls.c")
+SOURCES = ("bits.c", "blocks.c", "engine.c", "steps.c", "quick.c", "uffd.c", "stray.c", "shared.c", "calls.c")
 
 # name -> fallback where an older header lacks it (None: every header has it)
 CONSTANTS: dict[str, str | None] = {
@@ -35,6 +35,9 @@ CONSTANTS: dict[str, str | None] = {
     "MADV_PAGEOUT": "21",
     "MADV_COLLAPSE": "25",
     "MADV_POPULATE_WRITE": "23",
+    "MADV_GUARD_INSTALL": "102",
+    "MADV_GUARD_REMOVE": "103",
+    "PROT_NONE": None,
     "FALLOC_FL_KEEP_SIZE": None,
     "FALLOC_FL_PUNCH_HOLE": None,
     "F_SEAL_SEAL": None,

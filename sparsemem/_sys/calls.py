@@ -24,6 +24,11 @@ class Calls(Protocol):
     def reserve_placeholder(self, address: int, length: int) -> None: ...
     def unmap(self, address: int, length: int) -> None: ...
     def madvise(self, address: int, length: int, advice: int) -> None: ...
+    def read_memory(self, address: int, length: int) -> bytes: ...
+    def write_memory(self, address: int, data: bytes) -> None: ...
+    def load16(self, address: int) -> int: ...
+    def store16(self, address: int, value: int) -> None: ...
+    def protect(self, address: int, length: int, access: int) -> None: ...
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None: ...
     def memfd_create(self, name: str, flags: int) -> int: ...
     def memfd_secret(self) -> int: ...
@@ -74,6 +79,27 @@ class Kernel:
 
     def madvise(self, address: int, length: int, advice: int) -> None:
         check(lib.sm_madvise(address, length, advice))
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        """A copy of our own memory: EFAULT where a load would be SIGBUS."""
+        out = ffi.new("char[]", length)
+        check(lib.sm_read_memory(address, out, length))
+        return bytes(ffi.buffer(out, length))
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Copies into our own memory: EFAULT where a store would be SIGBUS; some of it may be done then."""
+        check(lib.sm_write_memory(address, ffi.from_buffer(data), len(data)))
+
+    def load16(self, address: int) -> int:
+        """A number in our own memory that others change: one access, with acquire; EFAULT instead of SIGBUS."""
+        return check(lib.sm_shared_load16(address))
+
+    def store16(self, address: int, value: int) -> None:
+        """Stores a number that others look at: one access, with release and a full fence; EFAULT as above."""
+        check(lib.sm_shared_store16(address, value))
+
+    def protect(self, address: int, length: int, access: int) -> None:
+        check(lib.sm_protect(address, length, access))
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         check(lib.sm_fallocate(fd, mode, offset, length))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from sparsemem._sys import ffi, lib, uffd
 from sparsemem._sys.calls import Calls, check
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
-from sparsemem._sys.residency import page_cache, private_scan
+from sparsemem._sys.residency import guards, page_cache, private_scan
 
 # What an unknown or forbidden advice gives, and EAGAIN, ENOMEM and EBUSY what a collapse
 # gives for want of a huge page (madvise(2)).
@@ -24,6 +24,7 @@ _FOR_NOW = (errno.EAGAIN, errno.ENOMEM, errno.EBUSY)
 _REFUSALS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, *_FOR_NOW)
 
 _PRIVATE = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
+_SHARED = lib.MAP_SHARED | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE
 
 
 def _remembered(trial: Callable[[Calls], bool]) -> Callable[[Calls], bool]:
@@ -151,7 +152,93 @@ def uffd_move(calls: Calls) -> bool:
 @_remembered
 def uffd_shmem(calls: Calls) -> bool:
     """Whether shared memory can be filled with UFFDIO_ZEROPAGE and UFFDIO_COPY (as we register it: Linux 5.19)."""
-    return _fills(calls, uffd.ZEROPAGE, lib.MAP_SHARED | lib.MAP_ANONYMOUS | lib.MAP_NORESERVE)
+    return _fills(calls, uffd.ZEROPAGE, _SHARED)
+
+
+@_remembered
+def trap(calls: Calls) -> bool:
+    """Whether a userfaultfd traps accesses to private and shared memory (UFFD_FEATURE_SIGBUS, Linux 4.14).
+
+    A write by the kernel for us has to be EFAULT, before a page is filled in and not after.
+    """
+    return _traps(calls, _PRIVATE, uffd.COPY) and _traps(calls, _SHARED, uffd.ZEROPAGE)
+
+
+@_remembered
+def catch(calls: Calls) -> bool:
+    """Whether a userfaultfd tells of them instead.
+
+    And whether a page can be poisoned (UFFDIO_POISON, Linux 6.6): what else could be done with an
+    access for which there is no memory?
+    """
+    return all(_traps(calls, flags, uffd.POISON, uffd.Purpose.CATCH) for flags in (_PRIVATE, _SHARED))
+
+
+def _traps(calls: Calls, flags: int, way: int, purpose: uffd.Purpose = uffd.Purpose.TRAP) -> bool:
+    address = calls.reserve(PAGE_SIZE, PAGE_SIZE, flags, -1, writable=True, locked=False)
+    try:
+        found = uffd.Userfaultfd(calls, purpose)
+        return way in found.register(address, PAGE_SIZE) and not _accessible(address)
+    except OSError as error:
+        if error.errno in (*_REFUSALS, errno.EOPNOTSUPP):
+            return False
+        raise
+    finally:
+        calls.unmap(address, PAGE_SIZE)
+
+
+@_remembered
+def guard(calls: Calls) -> bool:
+    """Whether MADV_GUARD_INSTALL bars access to private and shared memory, and PAGEMAP_SCAN tells (Linux 6.15).
+
+    6.13 and 6.14 guard private memory, but audits would take its guards for swapped pages.
+    """
+    return _guards(calls, _PRIVATE) and _guards(calls, _SHARED)
+
+
+def _guards(calls: Calls, flags: int) -> bool:
+    address = calls.reserve(PAGE_SIZE, PAGE_SIZE, flags, -1, writable=True, locked=False)
+    try:
+        calls.madvise(address, PAGE_SIZE, lib.MADV_GUARD_INSTALL)
+        barred = not _accessible(address) and guards(address, PAGE_SIZE) == [(0, PAGE_SIZE)]
+        calls.madvise(address, PAGE_SIZE, lib.MADV_GUARD_REMOVE)
+        return barred and _accessible(address)
+    except OSError as error:
+        if error.errno in (*_REFUSALS, errno.ENOTTY):
+            return False
+        raise
+    finally:
+        calls.unmap(address, PAGE_SIZE)
+
+
+@_remembered
+def removes_forbidden(calls: Calls) -> bool:
+    """Whether MADV_REMOVE works where access is forbidden (EACCES on kernels that want it writable)."""
+    address = calls.reserve(PAGE_SIZE, PAGE_SIZE, _SHARED, -1, writable=True, locked=False)
+    try:
+        calls.protect(address, PAGE_SIZE, lib.PROT_NONE)
+        calls.madvise(address, PAGE_SIZE, lib.MADV_REMOVE)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EACCES, *_REFUSALS):
+            return False
+        raise
+    finally:
+        calls.unmap(address, PAGE_SIZE)
+
+
+def _accessible(address: int) -> bool:
+    """Whether a byte there can be written, found without a signal; it becomes zero."""
+    zeroes = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.readv(zeroes, [ffi.buffer(ffi.cast("char *", address), 1)])
+        return True
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            return False
+        raise
+    finally:
+        os.close(zeroes)
 
 
 @_remembered

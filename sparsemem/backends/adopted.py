@@ -101,6 +101,12 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
             )
     else:
         _check_writable(calls, fd.fd, size)
+        if options.existing == "trust" and size < request.size:
+            raise ReserveError(
+                errno.EINVAL,
+                f"the file has {exact_size(size)} and the region {exact_size(request.size)}: "
+                "with existing='trust' it is somebody else's, and not extended",
+            )
         check_existing_data(calls, fd, kind, options.existing, request)
 
         def adopt() -> Adopted:

@@ -19,7 +19,7 @@ from sparsemem.recipes import Kind
 from sparsemem.runs import join, subtract, to_blocks
 from sparsemem.units import exact_size
 
-EXISTING = ("error", "adopt", "discard")
+EXISTING = ("error", "adopt", "discard", "trust")
 
 
 def check_existing(existing: str) -> str:
@@ -36,7 +36,7 @@ def check_existing_data(calls: Calls, fd: Descriptor, kind: Kind, existing: str,
         ReserveError: Something is allocated outside of `request.plugged` and
             `existing` is "error", or it cannot be told where and "adopt" asks.
     """
-    if existing == "discard":
+    if existing in ("discard", "trust"):
         return
     found, unplaced = _allocated(calls, fd.fd, kind, request.size)
     held = sum(length for _, length in request.plugged)
@@ -61,6 +61,8 @@ def check_existing_data(calls: Calls, fd: Descriptor, kind: Kind, existing: str,
 
 def adopt_existing(calls: Calls, fd: Descriptor, kind: Kind, existing: str, request: Request) -> Adopted:
     """Which blocks are taken over, and what those and `request.plugged` lack; changes nothing."""
+    if existing == "trust":
+        return Adopted((), ())  # populated by whoever uses it, when they like
     found, _ = _allocated(calls, fd.fd, kind, request.size)
     shift = request.block_size.bit_length() - 1
     blocks = to_blocks(found, shift) if existing == "adopt" else []

@@ -16,6 +16,7 @@ from attrs import frozen
 
 from sparsemem._sys import lib
 from sparsemem._sys.files import PAGE_SIZE
+from sparsemem._sys.stray import Watch
 from sparsemem.errors import Cause, Run, UnsupportedError
 
 
@@ -28,6 +29,11 @@ class Request:
     fork: str = "refuse"
     dump: bool = False
     name: str = "sparsemem"
+    protection: str = "none"
+    """What keeps accesses off unplugged blocks; a backend that has no such thing says so by `Mapping.protection`."""
+    catch: bool = False
+    """Whether `Mapping.watch` is going to be asked for what the protection "trap" catches."""
+
     plugged: tuple[Run, ...] = ()
     """Byte runs that hold data already and that the caller takes over."""
 
@@ -118,6 +124,12 @@ class Mapping(abc.ABC):
 
     can_discard: bool = True
     fork_inherits: bool = False
+    protection: str = "none"
+    """What keeps accesses off blocks that are unplugged, by name; see `sparsemem.recipes.PROTECTIONS`."""
+
+    protects: bool = False
+    """Whether that takes a step: then blocks that start out unplugged have to be protected, too."""
+
     direct: bool = False
     """Whether prepared jobs can be worked on in C alone, and what was begun be discarded."""
 
@@ -157,6 +169,14 @@ class Mapping(abc.ABC):
         """
         raise NotImplementedError
 
+    def thin(self, offset: int, length: int) -> None:
+        """As `discard`, but within a plugged block, which stays accessible.  For `Region.discard`."""
+        self.discard(offset, length)
+
+    def empty(self, offset: int, length: int) -> None:
+        """Makes a block accessible that has nothing yet: each page comes with its first access."""
+        self.discard(offset, length)
+
     @abc.abstractmethod
     def resident(self, offset: int, length: int) -> Iterator[Run] | None:
         """Maximal ascending `(offset, length)` runs of memory in use; None if nobody can tell."""
@@ -192,6 +212,21 @@ class Mapping(abc.ABC):
     def after_fork_in_child(self) -> None:  # noqa: B027 - a hook
         """Called in a forked child, which may use the memory only if `fork_inherits`."""
 
+    def watch(self, plugged: Any, shift: int, keeps: Any) -> Watch:
+        """A thread that resolves accesses to what is not there, and notes those to blocks that are not plugged.
+
+        Raises:
+            OSError: It cannot be had.
+        """
+        raise NotImplementedError
+
+    def room_to_protect(self, length: int) -> None:  # noqa: B027 - a hook
+        """Sees to it that there is memory for the protection of so many bytes, where that takes some.
+
+        Raises:
+            ReserveError: There is not.
+        """
+
     def settle(self) -> None:  # noqa: B027 - a hook
         """Last of all that makes a region: what cannot be undone, such as throwing old data away."""
 
@@ -213,7 +248,10 @@ class Mapping(abc.ABC):
     # ---- the engine's side ----------------------------------------------------------
 
     def prepare(self, job: Any, operation: str) -> None:  # noqa: B027 - a hook
-        """Fills in what `advance` needs; `operation` is populate, repopulate, recycle, discard or an advice."""
+        """Fills in what `advance` needs.
+
+        `operation` is populate, repopulate, recycle, discard, thin, empty, protect or an advice.
+        """
 
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:
         """Works on a job's runs from its cursor, a chunk at a time, as sm_advance() does."""

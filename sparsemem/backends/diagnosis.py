@@ -72,7 +72,7 @@ class Surroundings:
         if self._huge:
             yield from self._huge_pages()
         elif self._kind is not Kind.DISK_SHARED:
-            yield from self._memory()
+            yield from self.memory()
         # A hugetlbfs counts the private copies of its pages as well, a template's included.
         if self._fd is not None and (self._kind in _ON_FILE_SYSTEM or self._huge):
             yield from self._file_system()
@@ -100,7 +100,8 @@ class Surroundings:
 
     # ---- memory ------------------------------------------------------------------------
 
-    def _memory(self) -> Iterable[Limit]:
+    def memory(self) -> Iterable[Limit]:
+        """Those of memory as such, wherever the pages come from."""
         meminfo = self._files.fields(MEMINFO)
         if "MemAvailable" in meminfo:
             available = meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)

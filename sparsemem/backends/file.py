@@ -50,7 +50,10 @@ class File(Backend):
         path: Where it is.  Symbolic links at the end of it are refused.
         shared: Map it MAP_SHARED.
         existing: What to do if anything is allocated in the range: "error"
-            refuses, "adopt" starts those blocks plugged, "discard" punches them.
+            refuses, "adopt" starts those blocks plugged, "discard" punches them.  "trust"
+            is for memory that others use meanwhile, such as a guest's: nothing is looked
+            at, populated or extended, and `Region(plugged=)` alone says which blocks are
+            plugged.  The others are taken to hold nothing.
         fd: Adopt this descriptor instead of a path; it is duplicated.
         delete: Remove the file when the region closes, if the region made it; one
             that was there before stays.

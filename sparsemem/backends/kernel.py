@@ -22,14 +22,27 @@ from sparsemem._sys.calls import Calls
 from sparsemem._sys.descriptor import Descriptor
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
 from sparsemem._sys.inheritance import keep_place
+from sparsemem._sys.stray import Watch
 from sparsemem._sys.uffd import Userfaultfd
 from sparsemem.backends.advice import refusal
 from sparsemem.backends.base import Limit, Mapping, Request
 from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.backends.numa import bind
+from sparsemem.backends.protection import check_protection, require_protection
 from sparsemem.backends.strategies import UFFD, check_strategy, choose_strategy
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
-from sparsemem.recipes import ADVICE, POPULATE_WRITE, RECIPES, Evidence, Inheritance, Kind, Step
+from sparsemem.recipes import (
+    ADVICE,
+    GUARD,
+    POPULATE_WRITE,
+    PROTECTIONS,
+    RECIPES,
+    TRAP,
+    Evidence,
+    Inheritance,
+    Kind,
+    Step,
+)
 from sparsemem.units import exact_size
 
 _log = logging.getLogger("sparsemem")
@@ -37,6 +50,7 @@ _log = logging.getLogger("sparsemem")
 STEP_CODES = {step: getattr(lib, f"SM_STEP_{step.name}") for step in Step}
 
 
+_ENTRY = 8  # bytes of page table for each page, without the tables of tables (1/512 of it)
 _NO_TOTAL = (Kind.TEMPLATE, Kind.SECRET, Kind.DISK_SHARED, Kind.DISK_PRIVATE)
 
 
@@ -119,6 +133,12 @@ class KernelMapping(Mapping):
         self.bridge = self.recipe.bridge if self._is_ours_alone(area) else 0
         # Not where something stands in the kernel's place: that must see every call.
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
+        self.protection = check_protection(request.protection)
+        self._catches = request.catch
+        require_protection(self._calls, area.kind, area.page_size, self.protection, thp=area.thp, catch=self._catches)
+        # What a stray access found no memory for is poisoned, and only MADV_DONTNEED heals that.
+        self._heals = request.catch and Step.DONTNEED not in self.recipe.discard
+        self.protects = bool(PROTECTIONS[self.protection].protect)
         self._request = request
         self._numa_node = area.numa_node
         self._warm: Any = ffi.NULL
@@ -133,7 +153,9 @@ class KernelMapping(Mapping):
         self.thp, align = self._resolve_thp(area.thp, request.block_size, thp_size(files))
         self.granule = align
         try:
-            self.strategy = choose_strategy(area.kind, check_strategy(strategy), self._calls, huge=self.huge)
+            self.strategy = choose_strategy(
+                area.kind, check_strategy(strategy), self._calls, huge=self.huge, protection=self.protection
+            )
         except OSError as error:
             raise ReserveError(error.errno, f"cannot even map a page to try things on: {error.strerror}") from error
         self._map(area, request, align)
@@ -177,6 +199,24 @@ class KernelMapping(Mapping):
         self.adopted, self.unpopulated = adopted.blocks, adopted.missing
         self.adopts_pages = self.recipe.evidence is Evidence.MAPPED_PAGES
 
+    def watch(self, plugged: Any, shift: int, keeps: Any) -> Watch:
+        assert self._uffd is not None
+        # The zero page where private memory can have it; shared memory gets a page, as by any fault.
+        zero_page = self.page_size == PAGE_SIZE
+        return Watch(self._uffd, plugged, shift, self._address, self.page_size, zero_page=zero_page, keeps=keeps)
+
+    def room_to_protect(self, length: int) -> None:
+        if self.protection != GUARD or self._surroundings is None:
+            return
+        tables = length // PAGE_SIZE * _ENTRY
+        tight = min(self._surroundings.memory(), key=lambda limit: limit.available, default=None)
+        if tight is not None and tight.available < tables:
+            raise ReserveError(
+                errno.ENOMEM,
+                f"guards on {exact_size(length)} take {exact_size(tables)} of page tables, and {tight.source} leaves "
+                f"{exact_size(tight.available)}: protection='trap' takes none",
+            )
+
     def settle(self) -> None:
         if self._discard is not None:
             self._discard()
@@ -201,6 +241,8 @@ class KernelMapping(Mapping):
                 f"block_size {exact_size(block_size)} would populate its neighbours"
             )
         use = block_size >= huge if wanted is None else wanted
+        if self.protection == TRAP:
+            use = False  # the kernel makes no huge page of memory that traps
         return use, huge if use else self.page_size
 
     def _map(self, area: Area, request: Request, align: int) -> None:
@@ -226,9 +268,11 @@ class KernelMapping(Mapping):
         self._owner: Any = ffi.gc(ffi.cast("char *", address), unmap)
 
     def _register(self, strategy: str) -> None:
-        """Lets userfaultfd fill the memory, which somebody else's may have by now."""
+        """Lets userfaultfd fill the memory, which somebody else's may have by now; or trap in it."""
         self._uffd: Userfaultfd | None = None
-        if self.strategy not in UFFD:
+        if self.protection == TRAP:
+            self._arm()
+        if self.protection == TRAP or self.strategy not in UFFD:
             return
         try:
             self._uffd = self._registered()
@@ -236,6 +280,15 @@ class KernelMapping(Mapping):
             if strategy != "auto":
                 raise ReserveError(error.errno, f"userfaultfd refuses the mapping: {error.strerror}") from error
             self.strategy = POPULATE_WRITE
+
+    def _arm(self) -> None:
+        """Traps all that is missing, with a descriptor of the region's own: for a range there can be only one."""
+        try:
+            purpose = uffd.Purpose.CATCH if self._catches else uffd.Purpose.TRAP
+            self._uffd = Userfaultfd(self._calls, purpose, self.page_size)
+            self._uffd.register(self._address, self.size)
+        except OSError as error:
+            raise ReserveError(error.errno, f"userfaultfd does not trap in the mapping: {error.strerror}") from error
 
     def _registered(self) -> Userfaultfd:
         found = uffd.shared(self._calls)
@@ -284,10 +337,14 @@ class KernelMapping(Mapping):
 
     def prepare(self, job: Any, operation: str) -> None:
         steps = {
-            "populate": self.recipe.populate(self.strategy, huge=self.huge, warm=bool(self._warm)),
-            "repopulate": self.recipe.again(self.strategy),
+            "populate": (Step.DONTNEED,) * self._heals
+            + self.recipe.populate(self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection),
+            "repopulate": self.recipe.again(self.strategy, self.protection),
             "recycle": self.recipe.recycle(self.strategy),
-            "discard": self.recipe.discard or self.recipe.cleanse,
+            "discard": self.recipe.release(self.protection),
+            "thin": self.recipe.thin(self.protection),
+            "empty": self.recipe.empty(self.protection),
+            "protect": PROTECTIONS[self.protection].protect,
             **ADVICE,
         }[operation]
         job.base = ffi.cast("char *", self._address)
@@ -300,6 +357,8 @@ class KernelMapping(Mapping):
         job.nsteps = len(steps)
         for i, step in enumerate(steps):
             job.steps[i] = STEP_CODES[step]
+        if operation == "protect" and Step.FORBID in steps:
+            job.chunk = self.size  # one call for all of it costs as much as one for a block
 
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:
         return self._calls.advance(job, budget_ns)
@@ -309,6 +368,13 @@ class KernelMapping(Mapping):
             raise UnsupportedError(
                 f"a warm pool needs private anonymous memory: {self.kind.value} memory cannot be moved"
             )
+        if self.protection == GUARD and self.thp:
+            # The kernel splits a huge page that is moved to where a page table is, and zeroes are
+            # the zero page from then on: plugged, and without memory (measured on 6.18).
+            raise UnsupportedError(
+                "a warm pool of huge pages does not go with protection='guard': its page tables would have them "
+                "split; thp=False or another protection would do"
+            )
         if not probe.uffd_move(self._calls):
             raise UnsupportedError("a warm pool needs UFFDIO_MOVE (Linux 6.8), which does not work here")
         if self._uffd is None:
@@ -316,7 +382,15 @@ class KernelMapping(Mapping):
                 self._uffd = self._registered()
             except OSError as error:
                 raise ReserveError(error.errno, f"userfaultfd refuses the mapping: {error.strerror}") from error
-        request = evolve(self._request, size=size, name=f"{self._request.name}-warm"[:79], fork="refuse", plugged=())
+        request = evolve(
+            self._request,
+            size=size,
+            name=f"{self._request.name}-warm"[:79],
+            fork="refuse",
+            protection="none",
+            catch=False,
+            plugged=(),
+        )
         area = Area(
             kind=self.kind,
             flags=lib.MAP_PRIVATE | lib.MAP_ANONYMOUS,
@@ -334,7 +408,7 @@ class KernelMapping(Mapping):
     def resident(self, offset: int, length: int) -> Iterator[Run] | None:
         start, calls = self._address + offset, self._calls
         if self.recipe.evidence is Evidence.PRIVATE_PAGES:
-            return _shifted(residency.private_pages(start, length), offset)
+            return _shifted(residency.private_pages(start, length, guarded=self.protection == GUARD), offset)
         if self.recipe.evidence is Evidence.MAPPED_PAGES:
             return _shifted(residency.mapped_pages(start, length), offset)
         if self.recipe.evidence is Evidence.PAGE_CACHE:
@@ -355,7 +429,8 @@ class KernelMapping(Mapping):
             return None
         total = residency.file_total(self._calls, self._fd.fd)
         if self.recipe.evidence is Evidence.PRIVATE_PAGES:
-            total += sum(length for _, length in residency.private_pages(self._address, self.size))
+            own = residency.private_pages(self._address, self.size, guarded=self.protection == GUARD)
+            total += sum(length for _, length in own)
         return total
 
     def huge_pages(self, offset: int, length: int) -> Iterator[Run] | None:
@@ -363,6 +438,8 @@ class KernelMapping(Mapping):
         return None if found is None else _shifted(iter(found), offset)
 
     def refusal(self, advice: str) -> str:
+        if self.protection == TRAP and advice == "collapse":
+            return "the kernel makes no huge pages of memory that traps (protection='trap')"
         return refusal(self._calls, self.kind, self.page_size, self.thp, advice)
 
     def limits(self) -> Iterable[Limit]:
@@ -389,6 +466,20 @@ class KernelMapping(Mapping):
     def after_fork_in_child(self) -> None:
         # Not ours to remove.
         self._unlink = None
+        if self.protection == TRAP and self._uffd is not None:
+            self._rearm_in_child(self._uffd)
+
+    def _rearm_in_child(self, inherited: Userfaultfd) -> None:
+        """A child's copy of the mapping traps nothing (measured on 6.18): one that it may use is armed anew."""
+        if not self.fork_inherits or self._catches:  # whose threads a child has not
+            inherited.drop()
+            return
+        try:
+            inherited.renew()
+            inherited.register(self._address, self.size)
+        except OSError as error:
+            inherited.drop()
+            _log.warning("stray accesses are not trapped in this child: %s", error)
 
     def abandon(self) -> None:
         if self._restore is not None and self._fd is not None:
@@ -398,6 +489,8 @@ class KernelMapping(Mapping):
         self.close()
 
     def close(self) -> None:
+        if self.protection == TRAP and self._uffd is not None:
+            self._uffd.release(self._address, self.size)  # before the memory can be somebody else's
         self._owner = self._uffd = None
         self._surroundings = None  # the kernel's files close with the last who holds them
         if self._unlink is not None:

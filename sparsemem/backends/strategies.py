@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sparsemem._sys import probe
 from sparsemem._sys.calls import Calls
 from sparsemem.errors import UnsupportedError
@@ -12,6 +14,7 @@ from sparsemem.recipes import (
     RECIPES,
     STRATEGIES,
     TOUCH,
+    TRAP,
     UFFD_COPY,
     UFFD_ZEROPAGE,
     Kind,
@@ -28,13 +31,15 @@ def check_strategy(strategy: str) -> str:
     return strategy
 
 
-def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool) -> str:
+def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool, protection: str = "none") -> str:
     """The strategy by name; `auto` is the best that works here.
 
     Raises:
         UnsupportedError: The kernel or the kind of mapping has no such way.
     """
-    possible = RECIPES[kind].ways(huge=huge)
+    possible = RECIPES[kind].ways(huge=huge, protection=protection)
+    if protection == TRAP:
+        return _choose_trapped(possible, wanted)
     if wanted == "auto":
         # Some kinds have no huge pages, whatever was asked for.
         return next(
@@ -50,6 +55,17 @@ def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool) -> str
     missing = _missing(wanted, kind, calls)
     if missing:
         raise UnsupportedError(f"strategy {wanted!r} does not work here: {missing}")
+    return wanted
+
+
+def _choose_trapped(possible: Mapping[str, object], wanted: str) -> str:
+    """Of those that fill memory which traps; that they work was tried with the trap (`probe.trap`)."""
+    if wanted == "auto":
+        return next(way for way in FASTEST[False] if way in possible)
+    if wanted not in possible:
+        raise UnsupportedError(
+            f"strategy {wanted!r} would itself be trapped: with protection='trap' only {', '.join(possible)}"
+        )
     return wanted
 
 

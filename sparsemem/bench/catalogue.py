@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsemem.bench.cases import bitmaps, growth, hyperalloc, memory, scattered, single, stalls
+from sparsemem.bench.cases import bitmaps, devices, growth, hyperalloc, memory, scattered, single, stalls
 from sparsemem.bench.model import Case
 from sparsemem.bench.targets import TARGETS
 
@@ -13,6 +13,7 @@ _ALL = (
     *stalls.CASES,
     *bitmaps.CASES,
     *growth.CASES,
+    *devices.CASES,
     *hyperalloc.CASES,
 )
 _WANTED = {target.case for target in TARGETS}

@@ -20,6 +20,7 @@ _DECLARATIONS = """
     int peer_unmap(void *base, size_t size);
     int peer_advise(void *base, size_t size, size_t step, size_t stride, int advice);
     int peer_punch(int fd, size_t size, size_t step, size_t stride);
+    int peer_punch_each(int fd, const uint64_t *offsets, size_t n, size_t size);
     void peer_fill(void *base, int value, size_t size);
     int peer_share(void *base, size_t size, size_t page, int nthreads, int touch);
     int peer_latency(void *base, size_t block, size_t rounds, uint64_t *ns);
@@ -62,6 +63,11 @@ class Peers:
         """fallocate(PUNCH_HOLE), likewise."""
         step = step or size
         self._check(self._lib.peer_punch(fd, size, step, stride or step))
+
+    def punch_each(self, fd: int, offsets: Any, size: int) -> None:
+        """fallocate(PUNCH_HOLE) of so many bytes at each of the offsets, an array of uint64."""
+        at = self.ffi.from_buffer("uint64_t[]", offsets)
+        self._check(self._lib.peer_punch_each(fd, at, len(at), size))
 
     def preallocate(self, base: Any, size: int, page: int, threads: int, *, touch: bool) -> None:
         """As QEMU does: each of some threads populates its share of the pages, or touches them."""

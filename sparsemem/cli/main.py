@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import sparsemem
-from sparsemem.cli import bench, demo, probe
+from sparsemem.cli import bench, ctl, demo, probe, vhost_user
 from sparsemem.errors import SparseMemError
 
-_COMMANDS = (probe, demo, bench)
+_COMMANDS = (probe, demo, bench, vhost_user, ctl)
 _EPILOG = """\
 examples:
   sparsemem probe                   what this kernel, user and machine can do
@@ -20,6 +20,7 @@ examples:
   sparsemem demo --backend memfd    on this one only
   sparsemem bench --quick           measure, against bare system calls and others
   sparsemem probe --json            for other programs
+  sparsemem vhost-user --help       serve virtio-mem and balloon devices to a virtual machine
 
 `sparsemem COMMAND --help` says more.
 """

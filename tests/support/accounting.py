@@ -220,6 +220,7 @@ class Page:
     SWAPPED = 1 << 4
     PFNZERO = 1 << 5
     HUGE = 1 << 6
+    GUARD = 1 << 8
 
 
 _SCAN_ARGUMENT = struct.Struct("=12Q")  # struct pm_scan_arg

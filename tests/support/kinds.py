@@ -17,20 +17,22 @@ import attrs
 import pytest
 
 from sparsemem import Anonymous, File, Memfd, Region, Secret, Simulated
+from sparsemem._sys import calls, probe
 from sparsemem.backends import Backend
 from tests.support import accounting
 from tests.support.accounting import Page
 
 TIB = 1 << 40
+GUARDED = 1 << 30
 TEMPLATE_DATA = 16 << 20
 TEMPLATE_PATTERN = b"template"
 
 
 def private_bytes(region: Region) -> int:
     """Pages of the process's own, present or swapped; the zero page and file pages do not count."""
-    runs = accounting.pagemap_scan(
-        region.address, region.size, any_of=Page.PRESENT | Page.SWAPPED, none_of=Page.PFNZERO | Page.FILE
-    )
+    # A guard is told from a swapped page by that alone; older kernels have neither guards nor the category.
+    none_of = Page.PFNZERO | Page.FILE | (Page.GUARD if region.protection == "guard" else 0)
+    runs = accounting.pagemap_scan(region.address, region.size, any_of=Page.PRESENT | Page.SWAPPED, none_of=none_of)
     return sum(end - start for start, end in runs)
 
 
@@ -91,6 +93,15 @@ class Kind:
     @property
     def discards(self) -> bool:
         return self.id != "memfd_secret"
+
+    @property
+    def protections(self) -> tuple[str, ...]:
+        """What can keep accesses off its unplugged blocks."""
+        if not (self.has_memory and self.discards):
+            return ()
+        trap = () if "disk" in self.id or "template" in self.id or self.ext4 else ("trap",)
+        guard = () if self.huge else ("guard",)
+        return (*trap, *guard, "prot_none")
 
     @property
     def has_file(self) -> bool:
@@ -192,11 +203,24 @@ class Made:
 
     kind: Kind
     backend: Backend
+    protection: str = "none"
+
+    @property
+    def size(self) -> int:
+        """What its regions reserve: guards cost 2 MiB for each GiB."""
+        return min(self.kind.size, GUARDED) if self.protection == "guard" else self.kind.size
+
+    @property
+    def catches_discarded(self) -> bool:
+        """Whether pages that are discarded within a plugged block are caught as well, until they are populated."""
+        zero_page = self.kind.used in (private_bytes, _private_and_file) and not self.kind.huge
+        return self.protection == "trap" and not zero_page
 
     def region(self, size: int | None = None, **options: Any) -> Region:
         """A region of the kind; by default of the size that it can reserve."""
         options.setdefault("block_size", self.kind.block_size)
-        return Region(self.kind.size if size is None else size, backend=self.backend, **options)
+        options.setdefault("protection", self.protection)
+        return Region(self.size if size is None else size, backend=self.backend, **options)
 
     def used(self, region: Region) -> int:
         """What the kernel says that it uses."""
@@ -209,9 +233,18 @@ def need_disk(folder: Path) -> None:
         pytest.skip(f"needs a temporary folder on a disk (TMPDIR=, --basetemp=); {folder} is on a tmpfs")
 
 
-def make(kind: Kind, request: pytest.FixtureRequest, strategy: str = "auto") -> Made:
+def need_protection(protection: str) -> None:
+    """Skips if this kernel has no such thing."""
+    if protection == "trap" and not (probe.trap(calls.kernel) and probe.populate_write(calls.kernel)):
+        pytest.skip("needs userfaultfd")
+    if protection == "guard" and not probe.guard(calls.kernel):
+        pytest.skip("needs a kernel with MADV_GUARD_INSTALL")
+
+
+def make(kind: Kind, request: pytest.FixtureRequest, strategy: str = "auto", protection: str = "none") -> Made:
     """Gets what the kind needs, or skips with the reason."""
     folder: Path = request.getfixturevalue("tmp_path")
+    need_protection(protection)
     if kind.huge:
         request.getfixturevalue("huge_pool")(16)
     if kind.hugetlbfs:
@@ -233,32 +266,53 @@ def make(kind: Kind, request: pytest.FixtureRequest, strategy: str = "auto") -> 
     backend = kind.make(folder)
     if strategy != "auto":
         backend = attrs.evolve(backend, strategy=strategy)  # type: ignore[misc]  # those with strategies are attrs
-    return Made(kind, backend)
+    return Made(kind, backend, protection)
 
 
-def params(*, strategies: tuple[str, ...] = ("auto",), where: Callable[[Kind], bool] = lambda kind: True) -> Any:
-    """Parameters for an indirect `made` fixture: the kinds, each with each strategy that it has."""
+def params(
+    *,
+    strategies: tuple[str, ...] = ("auto",),
+    where: Callable[[Kind], bool] = lambda kind: True,
+    protected: bool = False,
+    bare: bool = True,
+) -> Any:
+    """Parameters for an indirect `made` fixture: the kinds, each with each strategy that it has.
+
+    Args:
+        strategies: The ways to populate.
+        where: Which kinds.
+        protected: With every protection, too, that the kind can have.
+        bare: And without any.
+    """
     chosen = []
     for kind in KINDS:
         for strategy in strategies:
-            if where(kind) and (strategy == "auto" or kind.id not in ("memfd_secret", "simulated")):
-                chosen.append(pytest.param((kind, strategy), id=f"{kind.id}-{strategy}"))
+            if bare and where(kind) and (strategy == "auto" or kind.id not in ("memfd_secret", "simulated")):
+                chosen.append(pytest.param((kind, strategy, "none"), id=f"{kind.id}-{strategy}"))
+    for kind in filter(where, KINDS):
+        for protection in kind.protections if protected else ():
+            chosen.append(pytest.param((kind, "auto", protection), id=f"{kind.id}-{protection}"))
     return chosen
 
 
 @pytest.fixture
 def made(request: pytest.FixtureRequest) -> Made:
     """The kind that the test is parametrised with (`every_kind` and the like)."""
-    kind, strategy = request.param
-    return make(kind, request, strategy)
+    kind, strategy, protection = request.param
+    return make(kind, request, strategy, protection)
 
 
-every_kind = pytest.mark.parametrize("made", params(strategies=("auto", "futex")), indirect=True)
-"""Every kind with every way to populate: what an old kernel would do, too."""
+every_kind = pytest.mark.parametrize("made", params(strategies=("auto", "futex"), protected=True), indirect=True)
+"""Every kind with every way to populate, what an old kernel would do, too, and with every protection."""
 
 every_kind_once = pytest.mark.parametrize("made", params(), indirect=True)
 every_discarding = pytest.mark.parametrize(
-    "made", params(strategies=("auto", "futex"), where=lambda kind: kind.discards), indirect=True
+    "made", params(strategies=("auto", "futex"), where=lambda kind: kind.discards, protected=True), indirect=True
+)
+every_protected = pytest.mark.parametrize("made", params(protected=True, bare=False), indirect=True)
+"""Every kind with every protection that it can have."""
+every_viewable_or_protected = pytest.mark.parametrize(
+    "made", params(where=lambda kind: kind.has_memory and kind.discards, protected=True), indirect=True
 )
 every_viewable = pytest.mark.parametrize(
     "made", params(where=lambda kind: kind.has_memory and kind.discards), indirect=True

@@ -308,9 +308,11 @@ static void fill(uint64_t *map, uint64_t *counter, const sm_run *runs, size_t n,
 
 /* ---- discarded pages ------------------------------------------------------------ */
 
-/* Pages that were discarded inside plugged blocks, for the audit. */
-int sm_blocks_mark_pages(sm_blocks *b, uint64_t first, uint64_t count, int discarded)
+/* Pages that were discarded inside plugged blocks, for the audit; byte runs of whole pages.
+ * With no runs it only sees to it that there is a map. */
+int sm_blocks_mark_pages(sm_blocks *b, const sm_run *bytes, size_t nruns, int discarded)
 {
+    uint64_t page = b->block_size / b->pages_per_block;
     int code = SM_OK;
 
     lock(b);
@@ -318,8 +320,8 @@ int sm_blocks_mark_pages(sm_blocks *b, uint64_t first, uint64_t count, int disca
         b->discarded = sm_bits_new(b->nblocks * b->pages_per_block);
         code = b->discarded ? SM_OK : SM_NOMEM;
     }
-    if (b->discarded)
-        sm_bits_fill(b->discarded, first, count, discarded);
+    for (size_t i = 0; b->discarded && i < nruns; i++)
+        sm_bits_fill(b->discarded, bytes[i].first / page, bytes[i].count / page, discarded);
     unlock(b);
     return code;
 }
@@ -337,12 +339,12 @@ size_t sm_blocks_discarded_runs(sm_blocks *b, uint64_t from, uint64_t to, sm_run
     return n;
 }
 
-/* A block that changes hands starts with no page discarded. */
-static void forget_discarded(sm_blocks *b, const sm_run *runs, size_t n)
+/* A block that changes hands starts with no page discarded, or with all of them. */
+static void mark_blocks(sm_blocks *b, const sm_run *runs, size_t n, int discarded)
 {
     for (size_t i = 0; b->discarded && i < n; i++)
         sm_bits_fill(b->discarded, runs[i].first * b->pages_per_block,
-                     runs[i].count * b->pages_per_block, 0);
+                     runs[i].count * b->pages_per_block, discarded);
 }
 
 /* Blocks that start out plugged; before anything else uses the map. */
@@ -494,7 +496,8 @@ static int check_state(const sm_blocks *b, const sm_run *run, int want, int stri
 {
     uint64_t end = run->first + run->count;
 
-    if (want == SM_TO_PLUGGED || want == SM_WITHIN_PLUGGED) {
+    /* Who works within whatever is plugged, not strictly, leaves tainted blocks out, too. */
+    if (want == SM_TO_PLUGGED || (want == SM_WITHIN_PLUGGED && strict)) {
         *where = sm_bits_next(b->tainted, run->first, end, 1);
         if (*where != end)
             return SM_TAINTED;
@@ -728,8 +731,9 @@ uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *o, int close_map)
             fill(b->pending, &b->npending, o->tainted, o->ntainted, 0);
         }
         fill(b->pending, &b->npending, o->pending, o->npending, 1);
-        forget_discarded(b, o->plugged, o->nplugged);
-        forget_discarded(b, o->unplugged, o->nunplugged);
+        mark_blocks(b, o->plugged, o->nplugged, 0);
+        mark_blocks(b, o->unplugged, o->nunplugged, 0);
+        mark_blocks(b, o->empty, o->nempty, 1);
     }
     uint64_t down = before + up - b->nplugged;
     budget_settle(b, (up - down) * b->block_size - claim->charged);

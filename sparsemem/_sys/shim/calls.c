@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -135,6 +136,42 @@ int sm_unmap(uint64_t address, uint64_t length)
 int sm_madvise(uint64_t address, uint64_t length, int advice)
 {
     return result(madvise((void *)(uintptr_t)address, length, advice));
+}
+
+/*
+ * Memory that somebody else may truncate under us, or whose pages there may be no room
+ * for: the kernel copies it, and says EFAULT where a load or a store would be SIGBUS.
+ * process_vm_readv(2) on oneself is always allowed.
+ */
+static int copy_all(int write, uint64_t address, char *local, uint64_t length)
+{
+    while (length) {
+        struct iovec here = {local, length}, there = {(void *)(uintptr_t)address, length};
+        ssize_t n = write ? process_vm_writev(getpid(), &here, 1, &there, 1, 0)
+                          : process_vm_readv(getpid(), &here, 1, &there, 1, 0);
+
+        if (n <= 0)
+            return n ? -errno : -EFAULT;
+        local += n;
+        address += (uint64_t)n;
+        length -= (uint64_t)n;
+    }
+    return 0;
+}
+
+int sm_read_memory(uint64_t address, void *out, uint64_t length)
+{
+    return copy_all(0, address, out, length);
+}
+
+int sm_write_memory(uint64_t address, const void *data, uint64_t length)
+{
+    return copy_all(1, address, (char *)(uintptr_t)data, length);
+}
+
+int sm_protect(uint64_t address, uint64_t length, int access)
+{
+    return result(mprotect((void *)(uintptr_t)address, length, access));
 }
 
 int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length)

@@ -73,16 +73,19 @@ static int issue_or_fail(sm_job *job, unsigned step, sm_run range)
  */
 enum { BATCH = 64, WORTH_A_VECTOR = 8 };
 
-static int vector_advice(unsigned step)
+static int vector_advice(const sm_job *job, unsigned step)
 {
     switch (step) {
     case SM_STEP_DONTNEED:
         return MADV_DONTNEED;
     case SM_STEP_REMOVE:
         return MADV_REMOVE;
-    case SM_STEP_POPULATE_WRITE:
     case SM_STEP_UFFD_COPY:             /* only for larger ranges worth a call each     */
     case SM_STEP_UFFD_ZEROPAGE:
+        if (job->uffd && job->uffd->purpose != SM_UFFD_FILL)
+            return -1;                  /* what traps is filled in no other way         */
+        /* fall through */
+    case SM_STEP_POPULATE_WRITE:
         return MADV_POPULATE_WRITE;
     default:
         return -1;
@@ -115,7 +118,7 @@ static int issue_vector(sm_job *job, int self, unsigned step, const sm_run *rang
             skip = 0;
         }
         job->calls++;
-        long bytes = syscall(SYS_process_madvise, self, vector, used, vector_advice(step), 0);
+        long bytes = syscall(SYS_process_madvise, self, vector, used, vector_advice(job, step), 0);
         if (bytes <= 0)
             return bytes ? -errno : -EIO;
         *did += (uint64_t)bytes;
@@ -196,7 +199,7 @@ static int step_over(sm_job *job, int self, unsigned step, const sm_run *ranges,
                      uint64_t total, uint64_t *did)
 {
     *did = 0;
-    if (self >= 0 && n >= WORTH_A_VECTOR && vector_advice(step) >= 0) {
+    if (self >= 0 && n >= WORTH_A_VECTOR && vector_advice(job, step) >= 0) {
         int error = issue_vector(job, self, step, ranges, n, total, did);
         /* EINVAL: locked since (see dontneed); the loop knows what to do. */
         if (error != -EINVAL || *did)
@@ -225,20 +228,26 @@ static uint64_t end_of_range(const sm_run *ranges, unsigned n, uint64_t did)
  * A step failed after `did` bytes of the ranges.  What all steps have done counts as
  * done, and what any has touched as begun.  Where nothing was done before it, the futex
  * way knows how far it got; that matters to a backend which cannot discard: it zeroes
- * what is populated, and must touch no more.
+ * what is populated, and must touch no more.  Where access could not be taken away it is
+ * given back, for a part of it may be gone (the process has as many mappings as it may):
+ * nothing is discarded yet, so the blocks of an unplug are then plugged as before.
  */
 static int note_failure(sm_job *job, unsigned i, const sm_run *ranges, unsigned n,
                         uint64_t total, uint64_t did, int error)
 {
     uint64_t touched = i ? total : end_of_range(ranges, n, did), at = did;
+    sm_run failed = {0, 0};
 
     for (unsigned r = 0; r < n; at -= ranges[r++].count)
         if (at < ranges[r].count) {
             job->failed_at = ranges[r].first + at;
+            failed = ranges[r];
             break;
         }
     if (i == 0 && job->steps[i] == SM_STEP_FUTEX)
         touched = did + job->reached;
+    job->intact = i == 0 && job->steps[i] == SM_STEP_FORBID &&
+                  !step_issue(job, SM_STEP_ALLOW, failed.first, failed.count);
     job->begun = moved(job, job->at, touched);
     if (i == job->nsteps - 1) {
         job->at = moved(job, job->at, did);

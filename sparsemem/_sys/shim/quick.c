@@ -33,8 +33,8 @@ static int take(sm_quick *q, one_run *one, int want, int64_t first, int64_t coun
     return blocks_take_at_once(q->blocks, claim, want, (uint64_t)pthread_self());
 }
 
-/* The whole of a job over one run; its error. */
-static int work(const sm_job *prepared, const sm_run *run, uint64_t *calls)
+/* The whole of a job over one run; its error, and whether it has changed anything. */
+static int work(const sm_job *prepared, const sm_run *run, uint64_t *calls, int *changed)
 {
     sm_job job = *prepared;
     int code;
@@ -45,6 +45,7 @@ static int work(const sm_job *prepared, const sm_run *run, uint64_t *calls)
         code = sm_advance(&job, UINT64_MAX);
     while (code == SM_MORE);    /* a signal; Python looks at it afterwards */
     *calls += job.calls;
+    *changed = !job.intact || job.at.run || job.at.done;
     return code;
 }
 
@@ -69,6 +70,7 @@ int sm_quick_plug(sm_quick *q, int64_t first, int64_t blocks)
     one_run one;
     int64_t start = clock_ns();
     uint64_t calls = 0;
+    int changed;
 
     if (!take(q, &one, SM_TO_PLUGGED, first, blocks, q->plug))
         return 0;
@@ -78,8 +80,8 @@ int sm_quick_plug(sm_quick *q, int64_t first, int64_t blocks)
         sm_claim_finish(claim, NULL, 0);
         return 0;
     }
-    int error = work(q->plug, claim->runs, &calls);
-    if (error && q->unplug->nsteps && !work(q->unplug, claim->runs, &calls)) {
+    int error = work(q->plug, claim->runs, &calls, &changed);
+    if (error && q->unplug->nsteps && !work(q->unplug, claim->runs, &calls, &changed)) {
         sm_claim_finish(claim, NULL, 0);
         return 0;
     }
@@ -102,13 +104,18 @@ int sm_quick_unplug(sm_quick *q, int64_t first, int64_t blocks)
     one_run one;
     int64_t start = clock_ns();
     uint64_t calls = 0;
+    int changed;
 
     if (!q->unplug->nsteps || !take(q, &one, SM_TO_UNPLUGGED, first, blocks, q->unplug))
         return 0;
     sm_claim *claim = &one.claim;
     sm_outcome outcome = {.unplugged = claim->runs, .nunplugged = 1,
                           .healed = claim->runs, .nhealed = 1};
-    int error = work(q->unplug, claim->runs, &calls);
+    int error = work(q->unplug, claim->runs, &calls, &changed);
+    if (error && !changed) {
+        sm_claim_finish(claim, NULL, 0);
+        return 0;
+    }
     if (error)
         outcome = (sm_outcome){.tainted = claim->runs, .ntainted = 1};
     sm_claim_finish(claim, &outcome, 0);

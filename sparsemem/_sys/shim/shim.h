@@ -37,6 +37,11 @@ enum {
 
 int sm_runs_normalise(sm_run *runs, size_t *nruns, uint64_t limit, sm_run *bad);
 uint64_t sm_runs_total(const sm_run *runs, size_t nruns);
+int sm_runs_aligned(const sm_run *runs, size_t nruns, uint64_t unit);
+size_t sm_runs_within(const sm_run *runs, size_t nruns, sm_run window, uint64_t base,
+                      unsigned shift, sm_run *out);
+size_t sm_runs_widen(const sm_run *runs, size_t nruns, unsigned shift, sm_run *out);
+size_t sm_runs_of_frames(const void *frames, size_t n, uint32_t *scratch, sm_run *out);
 
 /* ---- bits: a bitmap in little-endian bit order ---------------------------- */
 
@@ -51,6 +56,9 @@ size_t sm_bits_runs(const uint64_t *words, uint64_t from, uint64_t to, int value
                     sm_run *out, size_t capacity, uint64_t *next);
 int sm_bits_find(const uint64_t *words, uint64_t nbits, uint64_t count, uint64_t align,
                  int fit, uint64_t *where);
+void sm_bits_fill_runs(uint64_t *words, const sm_run *runs, size_t nruns, int value);
+size_t sm_bits_whole(const uint64_t *words, const sm_run *runs, size_t nruns, unsigned shift,
+                     sm_run *out);
 
 /* ---- budget: bytes shared by several block maps ---------------------------- */
 
@@ -77,8 +85,8 @@ typedef struct sm_claim {
 } sm_claim;
 
 typedef struct {            /* what an operation has come to            */
-    const sm_run *plugged, *unplugged, *tainted, *healed, *pending;
-    size_t nplugged, nunplugged, ntainted, nhealed, npending;
+    const sm_run *plugged, *unplugged, *tainted, *healed, *pending, *empty;
+    size_t nplugged, nunplugged, ntainted, nhealed, npending, nempty;
 } sm_outcome;
 
 typedef struct {
@@ -96,7 +104,7 @@ size_t sm_blocks_runs(sm_blocks *blocks, int which, int value, uint64_t from, ui
                       sm_run *out, size_t capacity, uint64_t *next);
 uint64_t sm_blocks_count_runs(sm_blocks *blocks, int which, int value);
 int sm_blocks_find(sm_blocks *blocks, uint64_t count, uint64_t align, int fit, uint64_t *where);
-int sm_blocks_mark_pages(sm_blocks *blocks, uint64_t first, uint64_t count, int discarded);
+int sm_blocks_mark_pages(sm_blocks *blocks, const sm_run *bytes, size_t nruns, int discarded);
 size_t sm_blocks_discarded_runs(sm_blocks *blocks, uint64_t from, uint64_t to, sm_run *out,
                                 size_t capacity, uint64_t *next);
 int sm_blocks_adopt(sm_blocks *blocks, const sm_run *runs, size_t nruns);
@@ -133,7 +141,8 @@ enum {                      /* the steps that recipes are made of       */
     SM_STEP_POPULATE_WRITE, SM_STEP_FUTEX, SM_STEP_ZERO,
     SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE,
     SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_MOVE,
-    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_COUNT
+    SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_ZERO_PAGES, SM_STEP_GUARD, SM_STEP_UNGUARD,
+    SM_STEP_FORBID, SM_STEP_ALLOW, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
@@ -149,16 +158,47 @@ typedef struct {            /* the threads that work on one operation   */
     int active;             /* threads inside sm_advance()              */
 } sm_crew;
 
+enum {                      /* what a userfaultfd is for                */
+    SM_UFFD_FILL,           /* to fill memory, and nothing else         */
+    SM_UFFD_TRAP,           /* and to have SIGBUS where there is none   */
+    SM_UFFD_CATCH           /* and to be told of it instead             */
+};
+
 typedef struct {            /* a userfaultfd, of one process            */
+    int purpose;            /* set before it is opened                  */
     int fd;
     int pid;
     char *zeroes;           /* so many bytes of the zero page           */
-    uint64_t nzeroes;
+    uint64_t nzeroes;       /* set before it is opened, or a default    */
 } sm_uffd;
 
 int sm_uffd_open(sm_uffd *uffd);
 int64_t sm_uffd_register(const sm_uffd *uffd, uint64_t address, uint64_t length);
+int sm_uffd_unregister(const sm_uffd *uffd, uint64_t address, uint64_t length);
 void sm_uffd_close(sm_uffd *uffd);
+
+typedef struct {            /* an access to what was not there          */
+    uint64_t offset;        /* bytes                                    */
+    uint32_t thread;        /* as gettid()                              */
+    uint32_t write;
+} sm_stray;
+
+typedef struct {            /* what a thread watches                    */
+    const sm_uffd *uffd;    /* opened to catch                          */
+    const uint64_t *plugged;    /* accesses to these blocks are no news */
+    uint64_t base;          /* address of offset 0                      */
+    uint64_t page;          /* what is filled in at once                */
+    unsigned shift;         /* a block is 1 << shift bytes              */
+    int zeropage;           /* with UFFDIO_ZEROPAGE, not UFFDIO_COPY    */
+} sm_watched;
+
+typedef struct sm_watch sm_watch;
+
+sm_watch *sm_watch_new(const sm_watched *what, int *error);
+size_t sm_watch_wait(sm_watch *watch, sm_stray *out, size_t capacity);
+void sm_watch_counts(sm_watch *watch, uint64_t *caught, uint64_t *dropped);
+void sm_watch_stop(sm_watch *watch);
+void sm_watch_free(sm_watch *watch);
 
 typedef struct {            /* populated pages, ready to be moved       */
     char *base;
@@ -199,6 +239,7 @@ typedef struct {
     uint64_t collapsed;     /* bytes that are huge, as a collapse says  */
     uint64_t failed_at;     /* offset of what a step failed on          */
     int failed;             /* the errno of a step that failed, or 0    */
+    int intact;             /* what it failed on is as it was           */
     unsigned nsteps;
     unsigned steps[6];
     sm_crew *crew;          /* NULL if one thread does all              */
@@ -234,6 +275,11 @@ int sm_quick_plug(sm_quick *quick, int64_t first, int64_t count);
 int sm_quick_unplug(sm_quick *quick, int64_t first, int64_t count);
 void sm_blocks_watch(sm_blocks *blocks, int watched);
 
+/* ---- a 16-bit number that others use, too: -EFAULT where there is no page for it ----- */
+
+int sm_shared_load16(uint64_t address);
+int sm_shared_store16(uint64_t address, uint16_t value);
+
 /* ---- single system calls --------------------------------------------------- */
 
 int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable, int locked,
@@ -241,6 +287,9 @@ int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable,
 int sm_reserve_placeholder(uint64_t address, uint64_t length);
 int sm_unmap(uint64_t address, uint64_t length);
 int sm_madvise(uint64_t address, uint64_t length, int advice);
+int sm_read_memory(uint64_t address, void *out, uint64_t length);
+int sm_write_memory(uint64_t address, const void *data, uint64_t length);
+int sm_protect(uint64_t address, uint64_t length, int access);
 int sm_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 int sm_memfd_create(const char *name, unsigned flags);
 int sm_memfd_secret(unsigned flags);

@@ -38,6 +38,10 @@ struct uffdio_move { __u64 dst, src, len, mode; __s64 move; };
 #ifndef MADV_PAGEOUT
 #define MADV_PAGEOUT 21
 #endif
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#define MADV_GUARD_REMOVE 103
+#endif
 
 static int result(long returned) { return returned < 0 ? -errno : 0; }
 
@@ -52,16 +56,16 @@ static int dontneed(char *at, uint64_t length)
     return error;
 }
 
-/* MADV_REMOVE is EINVAL on a locked mapping, too, and has no variant for that.  So the
- * range is unlocked first and locked again after, each page as it comes: that is what
- * mlockall(MCL_ONFAULT) gave it (any other way would have filled the reservation), so
- * the mapping stays one. */
-static int remove_range(char *at, uint64_t length)
+/* MADV_REMOVE and MADV_GUARD_INSTALL are EINVAL on a locked mapping, too, and have no
+ * variant for that.  So the range is unlocked first and locked again after, each page as it
+ * comes: that is what mlockall(MCL_ONFAULT) gave it (any other way would have filled the
+ * reservation), so the mapping stays one. */
+static int advise_unlocked(char *at, uint64_t length, int advice)
 {
-    int error = result(madvise(at, length, MADV_REMOVE));
+    int error = result(madvise(at, length, advice));
 
     if (error == -EINVAL && !munlock(at, length)) {
-        error = result(madvise(at, length, MADV_REMOVE));
+        error = result(madvise(at, length, advice));
         if (!error)
             syscall(SYS_mlock2, at, length, MLOCK_ONFAULT);
     }
@@ -132,19 +136,18 @@ static int zero(char *at, uint64_t length, uint64_t *calls)
 }
 
 /*
- * Fills pages through userfaultfd, with zeroes: cheaper than a fault a page.  The
- * mapping is registered for write protection, which nothing here uses: for that mode
- * the kernel lets us fill, and neither traps accesses nor bars huge pages.  Whatever it
- * does not do (a page that is there already, a mapping that changed, no memory) is
- * left to MADV_POPULATE_WRITE, which goes on and says why not.
+ * Fills pages through userfaultfd, with zeroes: cheaper than a fault a page.  Bytes from
+ * `at` on that it has come past; where it traps, past pages that are there already, too,
+ * and *kept tells of those.  *error is why it came no further.
  *
  * In a child after fork() the descriptor would still fill the parent's memory.
  */
-static int uffd_populate(sm_job *job, char *at, uint64_t length, int zeropage)
+static uint64_t fill(sm_job *job, char *at, uint64_t length, int zeropage, int *kept, int *error)
 {
     const sm_uffd *u = job->uffd;
     uint64_t done = 0, again = 0;       /* the first call is counted already */
 
+    *error = *kept = 0;
     while (u && u->pid == getpid() && done < length) {
         uint64_t size = length - done < u->nzeroes ? length - done : u->nzeroes;
         struct uffdio_copy copy = {.dst = (uintptr_t)at + done, .src = (uintptr_t)u->zeroes,
@@ -157,13 +160,51 @@ static int uffd_populate(sm_job *job, char *at, uint64_t length, int zeropage)
 
         if (did > 0)
             done += (uint64_t)did;
-        if (failed && errno != EAGAIN)
+        if (!failed || errno == EAGAIN)
+            continue;
+        if (u->purpose == SM_UFFD_FILL || errno != EEXIST) {
+            *error = -errno;
             break;
+        }
+        done += job->page;
+        *kept = 1;
     }
+    return done;
+}
+
+/*
+ * Populates that way.  Where it is only to fill, the mapping is registered for write
+ * protection, which nothing here uses: for that mode the kernel lets us fill, and neither
+ * traps accesses nor bars huge pages.  Whatever it does not do (a page that is there
+ * already, a mapping that changed, no memory) is left to MADV_POPULATE_WRITE, which goes on
+ * and says why not.
+ *
+ * Where missing pages trap, MADV_POPULATE_WRITE would only say EFAULT of them, so the error
+ * is that of the ioctl.  What was there may not be mapped here, or not for writing (a page
+ * of the file, the zero page), and that it can do.
+ */
+static int uffd_populate(sm_job *job, char *at, uint64_t length, int zeropage)
+{
+    int kept, error;
+    uint64_t done = fill(job, at, length, zeropage, &kept, &error);
+
+    if (error && job->uffd->purpose != SM_UFFD_FILL)
+        return error;
+    if (kept)
+        done = 0;
     if (done == length)
         return 0;
-    job->calls += again > 0;
+    job->calls += job->uffd != NULL;
     return result(madvise(at + done, length - done, MADV_POPULATE_WRITE));
+}
+
+/* Has discarded pages of private memory read zero without any memory, where they would trap. */
+static int map_zero_pages(sm_job *job, char *at, uint64_t length)
+{
+    int kept, error;
+
+    fill(job, at, length, 1, &kept, &error);
+    return error;
 }
 
 /*
@@ -256,7 +297,7 @@ int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
     case SM_STEP_DONTNEED:
         return dontneed(at, length);
     case SM_STEP_REMOVE:
-        return remove_range(at, length);
+        return advise_unlocked(at, length, MADV_REMOVE);
     case SM_STEP_PUNCH:
         return result(fallocate(job->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                                 (off_t)offset, (off_t)length));
@@ -288,6 +329,16 @@ int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
         return futex_populate(at, length, job->page, &job->calls, &job->reached);
     case SM_STEP_ZERO:
         return zero(at, length, &job->calls);
+    case SM_STEP_ZERO_PAGES:
+        return map_zero_pages(job, at, length);
+    case SM_STEP_GUARD:
+        return advise_unlocked(at, length, MADV_GUARD_INSTALL);
+    case SM_STEP_UNGUARD:
+        return result(madvise(at, length, MADV_GUARD_REMOVE));
+    case SM_STEP_FORBID:
+        return result(mprotect(at, length, PROT_NONE));
+    case SM_STEP_ALLOW:
+        return result(mprotect(at, length, PROT_READ | PROT_WRITE));
     default:
         return -EINVAL;
     }
