@@ -60,6 +60,20 @@ class Changing(Driver):
         wanted = set(range(first, first + count))
         self._plug(wanted, lambda: self.region.plug(first, count, exist_ok=lenient), lenient=lenient)
 
+    @precondition(lambda self: self.made.kind.discards)
+    @rule(first=first_blocks, count=counts)
+    def plug_without_memory(self, first: int, count: int) -> None:
+        """As if they were plugged and discarded inside."""
+        first, count = self._run(first, count)
+        blocks = set(range(first, first + count))
+        if not blocks <= set(self.model.free) - self.model.pending.keys() or not self._room(count):
+            return
+        with self._unmoved():
+            assert self.region.plug(first, count, populate=False) == count
+        self._settle_pending(blocks)
+        self.model.plug(blocks)
+        self.model.discarded |= {(block, cell) for block in blocks for cell in range(self.cells)}
+
     @rule(blocks=st.lists(first_blocks, min_size=1, max_size=10), lenient=st.booleans(), as_array=st.booleans())
     def plug_runs(self, blocks: list[int], lenient: bool, as_array: bool) -> None:
         runs: Any = self._some_runs(range(self.nblocks) if lenient else self.model.free, blocks)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import warnings
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
@@ -35,6 +38,7 @@ class Contents(Changing):
     def let_go(self, writing: bool) -> None:
         view, block = self.pins.pop()
         if writing and block not in self.model.tainted and self.capacity is None:
+            self._let_in(block)
             self._write(block, range(self.cells), view)
         view.release()
 
@@ -50,6 +54,19 @@ class Contents(Changing):
             self.model.plugged[block][at] = FRESH
             self.model.discarded.add((block, at))
 
+    @precondition(lambda self: self.made.kind.discards)
+    @rule(blocks=st.lists(first_blocks, min_size=1, max_size=6), cell=st.integers(0, 3))
+    def discard_runs(self, blocks: list[int], cell: int) -> None:
+        """Scattered cells, of which those are left out that lie in blocks which are not plugged, or tainted."""
+        cell %= self.cells
+        chosen = {block % self.nblocks for block in blocks}
+        there = chosen & set(self.model.sound)
+        runs = [(block * self.block + cell * self.cell, self.cell) for block in chosen]
+        assert self.region.discard_runs(runs, missing_ok=True) == len(there) * self.cell
+        for block in there:
+            self.model.plugged[block][cell] = FRESH
+            self.model.discarded.add((block, cell))
+
     @precondition(lambda self: self.model.discarded)
     @rule(which=st.integers(0, 95))
     def populate_inside(self, which: int) -> None:
@@ -64,9 +81,12 @@ class Contents(Changing):
     def touch_what_was_discarded(self, which: int) -> None:
         block, cells = self._discarded_cells(which)
         if self._has_memory_for(cells):
+            self._let_in(block)
             with self.region.view(block) as view:
                 self._check_cells(view, self.model.plugged[block], set(range(self.cells)) - cells)
             self._write(block, sorted(cells))
+            if self._protected:
+                self.model.discarded = {at for at in self.model.discarded if at[0] != block}
             self._give_double_back(block, len(cells) * self.cell)
 
     def _give_double_back(self, block: int, size: int) -> None:
@@ -95,6 +115,13 @@ class Contents(Changing):
         if not free or not self._room(2) or (self.capacity is not None and self.model.pending):
             return
         block = free[which % len(free)]
+        if self._protected:
+            # As a system call, which gets EFAULT where a store would get a signal.
+            start, caught = block * self.block, pytest.raises(OSError, match=os.strerror(errno.EFAULT))
+            with self.region.view() as whole, open("/dev/zero", "rb", buffering=0) as zeroes, caught:
+                os.readv(zeroes.fileno(), [whole[start : start + 8]])
+            assert not self.region.audit().leaks
+            return
         with self.region.view() as whole:
             whole[block * self.block + 5] = 9
         if self.made.kind.discards:  # nobody can tell of memfd_secret

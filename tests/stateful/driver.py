@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
 from sparsemem import Budget, DiscardError, File, Region, UnsupportedError
 from sparsemem._sys import calls as calls_module
-from sparsemem.recipes import STRATEGIES
+from sparsemem.recipes import PROTECTIONS, STRATEGIES
 from tests.stateful.model import FRESH, Cells, Model
 from tests.support.evidence import STEPS
 from tests.support.injector import Injector
@@ -75,9 +75,18 @@ class Driver(RuleBasedStateMachine):
         warm=st.booleans(),
         budget=st.booleans(),
         strategy=st.sampled_from(STRATEGIES),
+        protection=st.sampled_from(["none", "none", *PROTECTIONS]),
     )
     def make(
-        self, faulty: bool, headroom: str, inherit: bool, late: str | None, warm: bool, budget: bool, strategy: str
+        self,
+        faulty: bool,
+        headroom: str,
+        inherit: bool,
+        late: str | None,
+        warm: bool,
+        budget: bool,
+        strategy: str,
+        protection: str,
     ) -> None:
         kind = self.made.kind
         self.block = SMALL if kind.block_size == 64 << 10 else kind.block_size
@@ -95,6 +104,8 @@ class Driver(RuleBasedStateMachine):
             self.options |= {"unplug_delay": LONG, "reuse": late, "fork": "refuse"}
         elif warm and kind.id.startswith("anonymous private"):
             self.options["warm"] = 2 * self.block
+        elif protection in kind.protections:
+            self.options["protection"] = protection
         self.backend = self.made.backend
         if strategy != "auto" and hasattr(self.backend, "strategy"):
             self.backend = attrs.evolve(self.backend, strategy=strategy)  # type: ignore[misc]
@@ -108,8 +119,9 @@ class Driver(RuleBasedStateMachine):
         self._remove_file()  # of an example that failed
         try:
             self.region = self._open()
-        except UnsupportedError:  # the kind has no such strategy, or the kernel no UFFDIO_MOVE
+        except (UnsupportedError, ValueError):  # the kind has no such strategy, or the kernel no such thing
             self.options.pop("warm", None)
+            self.options.pop("protection", None)
             self.backend = self.made.backend
             self.region = self._open()
         note(f"{kind.id}: {self.region!r} {self.options}")
@@ -177,6 +189,15 @@ class Driver(RuleBasedStateMachine):
     @property
     def _views(self) -> bool:
         return self.made.kind.has_memory
+
+    @property
+    def _protected(self) -> bool:
+        return self.region.protection != "none"
+
+    def _let_in(self, block: int) -> None:
+        """With a trap, pages that were discarded within a block are caught until they are populated."""
+        if self._protected and any(at[0] == block for at in self.model.discarded):
+            self.region.populate(block * self.block, self.block)
 
     @property
     def _late(self) -> bool:

@@ -81,6 +81,8 @@ class RegionMachine(Trouble):
             return
         if block in model.tainted:
             return
+        if before is None or any(at[0] == block for at in model.discarded):
+            self._let_in(block)
         model.plug([block])
         if self._views:
             with self.region.view(block) as view:

@@ -40,9 +40,11 @@ class Trouble(Contents):
         if not self._views:
             return [None]
         mapping: Any = self.region._core.mapping
-        if operation == "discard":
-            return list(mapping.recipe.discard)
-        return list(mapping.recipe.populate(mapping.strategy, huge=mapping.huge, warm="warm" in self.options))
+        how = self.region.protection
+        if operation in ("release", "thin"):
+            return list(getattr(mapping.recipe, operation)(how)) if self.made.kind.discards else []
+        warm = "warm" in self.options
+        return list(mapping.recipe.populate(mapping.strategy, huge=mapping.huge, warm=warm, protection=how))
 
     @property
     def _can_fail(self) -> bool:
@@ -66,7 +68,7 @@ class Trouble(Contents):
             return
         steps = self._steps("populate")
         self._fault(steps[which % len(steps)], code, nth, self.cell if partial else 0, "populate")
-        discards = self._steps("discard")
+        discards = self._steps("release")
         if rollback_fails and discards:
             self._fault(discards[0], errno.EIO, rollback_fails, 0, "discard")
         with self._unmoved():
@@ -100,7 +102,7 @@ class Trouble(Contents):
         runs = self._some_runs([block for block in self.model.sound if block not in pinned], blocks)
         if not runs:
             return
-        wanted, steps = self._blocks(runs), self._steps("discard")
+        wanted, steps = self._blocks(runs), self._steps("release")
         self._fault(steps[which % len(steps)], code, nth, self.cell if partial else 0, "discard")
         with self._unmoved():
             try:
@@ -110,7 +112,7 @@ class Trouble(Contents):
                 discarded, tainted, remaining = map(self._blocks, (error.discarded, error.tainted, error.remaining))
                 assert discarded | tainted | remaining == wanted
                 assert len(discarded) + len(tainted) + len(remaining) == len(wanted)
-                assert tainted
+                assert tainted or self._protected, "only what access could not be taken from is as it was"
                 self.model.unplug(discarded)
                 self.model.taint(tainted)
         self._clear_faults()
@@ -120,7 +122,7 @@ class Trouble(Contents):
     @precondition(lambda self: self._can_fail and self._late)
     @rule(nth=st.integers(1, 3), code=st.sampled_from(_DISCARD_CODES))
     def a_flush_fails(self, nth: int, code: int) -> None:
-        self._fault(self._steps("discard")[0], code, nth, 0, "discard")
+        self._fault(self._steps("release")[0], code, nth, 0, "discard")
         with contextlib.suppress(DiscardError):
             self.region.flush()
             self.late_failure = False
@@ -135,10 +137,12 @@ class Trouble(Contents):
         if self.capacity is not None:
             return  # what is written afterwards might not fit
         after = self.cell if partial and self.cells > 1 else 0
-        self._fault(self._steps("discard")[-1 if second else 0], code, 1, after, "discard")
+        self._fault(self._steps("thin")[-1 if second else 0], code, 1, after, "discard")
         with pytest.raises(DiscardError):
             self.region.discard(block * self.block, self.block)
         self._clear_faults()
+        if self._protected:
+            self.region.populate(block * self.block, self.block)
         with self.region.view(block) as view:  # each cell is as before, or fresh
             for cell, value in enumerate(self.model.plugged[block]):
                 part = view[cell * self.cell : cell * self.cell + 8]

@@ -93,9 +93,12 @@ def document(cases: dict[str, int]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Writes the document from a report of counts."""
-    report, target = map(Path, arguments)
-    target.write_text(document(json.loads(report.read_text())))
+    """Writes the document from one or several reports of counts."""
+    *reports, target = map(Path, arguments)
+    cases: dict[str, int] = {}
+    for report in reports:
+        cases |= json.loads(report.read_text())
+    target.write_text(document(cases))
 
 
 if __name__ == "__main__":
