@@ -68,6 +68,10 @@ class Changing(Driver):
         blocks = set(range(first, first + count))
         if not blocks <= set(self.model.free) - self.model.pending.keys() or not self._room(count):
             return
+        if self.region.protection == "trap":
+            with pytest.raises(UnsupportedError, match="trap"):
+                self.region.plug(first, count, populate=False)
+            return
         with self._unmoved():
             assert self.region.plug(first, count, populate=False) == count
         self._settle_pending(blocks)

@@ -32,6 +32,8 @@ class RegionMachine(Trouble):
         """Three threads plug and unplug what overlaps; each block ends as one of them left it."""
         if self.pins or self.capacity is not None or self.options["budget"] or not self.made.kind.discards:
             return
+        if self.late_failure:
+            return  # the flush below would tell of it
         failures: list[BaseException] = []
 
         def carry_out(part: list[tuple[bool, int, int]]) -> None:
@@ -63,6 +65,14 @@ class RegionMachine(Trouble):
         pending = self._blocks(self.region.audit().pending)
         for block in touched:
             self._settle_block(block, block in now, block in pending)
+        # Which of them are plugged now is chance: for what comes after, an example must do the same each time.
+        with self._unmoved():
+            self.region.scrub()
+            self.region.unplug_runs([(block, 1) for block in touched], missing_ok=True)
+            self.region.flush()
+        self.model.scrub()
+        self.model.unplug(touched & self.model.plugged.keys())
+        self.model.flush()
 
     def _settle_block(self, block: int, plugged: bool, pending: bool) -> None:
         """Of a block that several had in hand: what it holds is as before, or fresh."""
