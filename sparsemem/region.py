@@ -478,6 +478,7 @@ class Region:
             exist_ok: Let blocks that are plugged already stay as they are.
             populate: With False they get memory by the first access to each page, which
                 may fail as any fault may: as if they were plugged and discarded inside.
+                (In a private mapping of a file such a page takes memory twice.)
             progress: Called with `(bytes done, bytes in all)` about every 40 ms and
                 at the end, in this thread; what it raises stops the plug.
             cancel: When it is set, the plug stops within 50 ms and is rolled back.

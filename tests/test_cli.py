@@ -78,9 +78,9 @@ def test_the_exit_status_of_wrong_usage_reaches_the_shell() -> None:
     assert done.stderr.startswith("sparsemem: error: ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["probe", "--help"], ["demo", "--help"], ["bench", "--help"]])
-def test_help_shows_examples(arguments: list[str]) -> None:
-    done = run(*arguments)
+@pytest.mark.parametrize("command", ["", "probe", "demo", "bench", "vhost-user", "ctl"])
+def test_help_shows_examples(command: str) -> None:
+    done = run(*command.split(), "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: sparsemem")
     assert "examples:\n  sparsemem " in done.stdout

@@ -145,8 +145,10 @@ def test_every_error_is_explained() -> None:
 
 
 def test_the_commands_that_are_shown_exist() -> None:
-    lines = re.findall(r"^\$ sparsemem ([^#\n]*)", README.read_text(), re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"probe", "demo", "bench"}
+    lines = [
+        line for path in EXECUTED for line in re.findall(r"^\$ sparsemem ([^#\n]*)", path.read_text(), re.MULTILINE)
+    ]
+    assert {line.split()[0] for line in lines} == {"probe", "demo", "bench", "vhost-user", "ctl"}
     for line in lines:
         build_parser().parse_args(line.split())
     targets = re.findall(r"^\$ make (\w+)", README.read_text(), re.MULTILINE)

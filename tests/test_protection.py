@@ -620,3 +620,21 @@ def test_secret_memory_is_refused_before_it_is_made(protection: str) -> None:
     with pytest.raises((UnsupportedError, ReserveError)):
         Region("1M", block_size=4096, backend=Secret(), protection=protection)
     assert accounting.open_descriptors() == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_blocks_plugged_without_memory_are_accessible_or_refused(backend: Backend, protection: str) -> None:
+    with Region("1M", block_size=BLOCK, backend=backend, protection=protection) as region:
+        if protection == "trap":  # what is not there traps: there would be no first access
+            with pytest.raises(UnsupportedError, match="the first access would trap"):
+                region.plug(2, 3, populate=False)
+            assert region.plugged_blocks == 0
+            assert accessible_blocks(region) == []
+            return
+        region.plug(2, 3, populate=False)
+        assert region.audit().resident_size == 0
+        assert accessible_blocks(region) == [2, 3, 4]
+        region.unplug(3)
+        assert accessible_blocks(region) == [2, 4]
+        # A first access to a private memfd costs its page twice, of which the audit tells as unaccounted.
+        assert not region.audit().leaks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ _MEM_ID, _BALLOON_ID = 24, 5
 
 
 def qemu_lines(exports: Sequence[Export], region: Region | None, pid: int) -> list[str]:
-    """What to start QEMU (and, for a balloon, user-mode Linux) with, in lines that end in a backslash."""
+    """What to start QEMU (and, for a balloon, user-mode Linux) with, ready to paste."""
     size = 0 if region is None else region.size
     arguments = [
         "-machine q35,memory-backend=ram",
@@ -37,18 +38,25 @@ def qemu_lines(exports: Sequence[Export], region: Region | None, pid: int) -> li
         device = export.device
         queues = device.queues(device.features)
         arguments += [
-            f"-chardev socket,id={name},path={quote(export.socket)}",
+            f"-chardev socket,id={name},path={_path(export.socket)}",
             f"-device vhost-user-device-pci,chardev={name},virtio-id={device.device_id},"
             f"num_vqs={queues},vq_size=128,config_size={device.config_size}",
         ]
-    lines = ["# QEMU 10, with -kernel, -append and the rest (newer ones: vhost-user-test-device-pci):"]
-    lines += [f"{argument} \\" for argument in arguments]
+    lines = [
+        "# QEMU 10 (later ones: vhost-user-test-device-pci), to which the kernel, the disks and so on are to be added",
+        " \\\n  ".join(["qemu-system-x86_64", *arguments]),
+    ]
     lines += [
         f"# user-mode Linux: virtio_uml.device={export.socket}:{_BALLOON_ID}"
         for export in exports
         if export.device.device_id == _BALLOON_ID
     ]
     return lines
+
+
+def _path(path: str) -> str:
+    """For QEMU, to which a comma ends it unless there are two, and for the shell."""
+    return quote(os.path.abspath(path).replace(",", ",,"))
 
 
 def _at_least(size: int) -> str:

@@ -113,10 +113,26 @@ class Table:
     def __init__(self, ranges: Iterable[MemoryRange] = ()) -> None:
         self.ranges = tuple(sorted(ranges, key=lambda entry: entry.address))
         self._starts = [entry.address for entry in self.ranges]
+        self._ends = [entry.end for entry in self.ranges]
+        # What is added to a guest's address to have ours, where nothing is ever unplugged.
+        self._shifts = [
+            entry.region.address + entry.offset - entry.address if entry.owned else None for entry in self.ranges
+        ]
         self.users = 0
         for low, high in zip(self.ranges, self.ranges[1:], strict=False):
             if low.end > high.address:
                 raise ValueError(f"ranges at {low.address:#x} and {high.address:#x} overlap")
+
+    def place(self, address: int, length: int) -> int | None:
+        """Where this is in our address space, if it is all in one range that was made for the table; else None.
+
+        The short way of most accesses: none of it can be unplugged, so nothing is pinned.
+        """
+        i = bisect_right(self._starts, address) - 1
+        if i < 0 or not 0 < length <= self._ends[i] - address:
+            return None
+        shift = self._shifts[i]
+        return None if shift is None else address + shift
 
     def pieces(self, address: int, length: int) -> list[Piece]:
         """What backs these addresses: entry, offset in its region, bytes.
@@ -305,17 +321,24 @@ class GuestMemory:
     @contextlib.contextmanager
     def table(self) -> Iterator[Table]:
         """The table as it is now: its memory stays mapped within the `with`, whatever takes its place."""
-        with self._lock:
-            table = self._table
-            table.users += 1
+        table = self._enter()
         try:
             yield table
         finally:
-            with self._lock:
-                table.users -= 1
-                last = not table.users and table is not self._table
-            if last:
-                self._sweep()
+            self._leave(table)
+
+    def _enter(self) -> Table:
+        with self._lock:
+            table = self._table
+            table.users += 1
+        return table
+
+    def _leave(self, table: Table) -> None:
+        with self._lock:
+            table.users -= 1
+            last = not table.users and table is not self._table
+        if last:
+            self._sweep()
 
     # ---- access ------------------------------------------------------------------------
 
@@ -326,8 +349,17 @@ class GuestMemory:
             GuestError: Not all of it is in the table, or it is in unplugged blocks.
             GuestMemoryError: It could not be read.
         """
-        with self.table() as table:
-            return b"".join(_access(piece) for piece in table.pieces(address, length))
+        table = self._enter()
+        try:
+            at = table.place(address, length)
+            if at is None:
+                return b"".join([_access(piece) for piece in table.pieces(address, length)])
+            try:
+                return _calls.kernel.read_memory(at, length)
+            except OSError as error:
+                raise _failed(error, "read", address, length) from error
+        finally:
+            self._leave(table)
 
     def write(self, address: int, data: bytes) -> None:
         """Copies into guest memory.
@@ -336,15 +368,17 @@ class GuestMemory:
             GuestError: Not all of it is in the table, or it is in unplugged blocks; nothing was written.
             GuestMemoryError: It could not be written; some of it may be.
         """
-        done = 0
-        with self.table() as table:
-            pieces = table.pieces(address, len(data))
-            if len(pieces) > 1:
-                for entry, offset, length in pieces:
-                    _check_plugged(entry, offset, length)
-            for piece in pieces:
-                _access(piece, data[done : done + piece[2]])
-                done += piece[2]
+        table = self._enter()
+        try:
+            at = table.place(address, len(data))
+            if at is None:
+                return _write(table.pieces(address, len(data)), data)
+            try:
+                _calls.kernel.write_memory(at, data)
+            except OSError as error:
+                raise _failed(error, "write", address, len(data)) from error
+        finally:
+            self._leave(table)
 
     def check(self, address: int, length: int) -> None:
         """Refuses addresses that are not all in the table.
@@ -352,8 +386,12 @@ class GuestMemory:
         Raises:
             GuestError: They are not.
         """
-        with self.table() as table:
-            table.pieces(address, length)
+        table = self._enter()
+        try:
+            if table.place(address, length) is None:
+                table.pieces(address, length)
+        finally:
+            self._leave(table)
 
     def load16(self, address: int) -> int:
         """A 16-bit number in one access, with acquire: what was written before it is there for later reads.
@@ -361,8 +399,17 @@ class GuestMemory:
         Raises:
             As `read`; and GuestError if it is not aligned.
         """
-        with self.table() as table:
-            return _access16(table.pieces(address, 2), None)
+        table = self._enter()
+        try:
+            at = table.place(address, 2)
+            if at is None or at % 2:
+                return _access16(table.pieces(address, 2), None)
+            try:
+                return _calls.kernel.load16(at)
+            except OSError as error:
+                raise _failed(error, "read", address, 2) from error
+        finally:
+            self._leave(table)
 
     def store16(self, address: int, value: int) -> None:
         """Stores a 16-bit number in one access, with release, and a full fence after it.
@@ -370,8 +417,18 @@ class GuestMemory:
         Raises:
             As `write`; and GuestError if it is not aligned.
         """
-        with self.table() as table:
-            _access16(table.pieces(address, 2), value)
+        table = self._enter()
+        try:
+            at = table.place(address, 2)
+            if at is None or at % 2:
+                _access16(table.pieces(address, 2), value)
+                return
+            try:
+                _calls.kernel.store16(at, value)
+            except OSError as error:
+                raise _failed(error, "write", address, 2) from error
+        finally:
+            self._leave(table)
 
     def view(self, address: int, length: int) -> memoryview:
         """The memory itself, for what must be read and written as one, such as a ring's index.
@@ -492,7 +549,7 @@ def _access16(pieces: list[Piece], value: int | None) -> int:
         _calls.kernel.store16(address, value)
         return value
     except OSError as error:
-        raise _failed(error, "read" if value is None else "write", pieces[0]) from error
+        raise _failed(error, "read" if value is None else "write", _guest_address(pieces[0]), 2) from error
     finally:
         if pin is not None:
             pin.release()
@@ -510,16 +567,31 @@ def _access(piece: Piece, data: bytes | None = None) -> bytes:
         _calls.kernel.write_memory(address, data)
         return b""
     except OSError as error:
-        raise _failed(error, "read" if data is None else "write", piece) from error
+        raise _failed(error, "read" if data is None else "write", _guest_address(piece), length) from error
     finally:
         if pin is not None:
             pin.release()
 
 
-def _failed(error: OSError, what: str, piece: Piece) -> GuestMemoryError:
-    entry, offset, length = piece
+def _write(pieces: list[Piece], data: bytes) -> None:
+    """Writes data to where it belongs; that it all can be is looked at first."""
+    if len(pieces) > 1:
+        for piece in pieces:
+            _check_plugged(*piece)
+    done = 0
+    for piece in pieces:
+        _access(piece, data[done : done + piece[2]])
+        done += piece[2]
+
+
+def _guest_address(piece: Piece) -> int:
+    entry, offset, _ = piece
+    return entry.address + offset - entry.offset
+
+
+def _failed(error: OSError, what: str, address: int, length: int) -> GuestMemoryError:
     return GuestMemoryError(
         error.errno,
-        f"cannot {what} {length} bytes at {entry.address + offset - entry.offset:#x}: {error.strerror} "
+        f"cannot {what} {length} bytes at {address:#x}: {error.strerror} "
         "(truncated underneath, or no room for its pages?)",
     )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,6 +18,7 @@ from sparsemem import Anonymous, Memfd, Region, ReserveError, ViewsAliveError
 from sparsemem.virtio import FileRange, GuestError, GuestMemory, GuestMemoryError, RegionRange
 from tests.support import accounting
 
+ROOT = Path(__file__).parent.parent.parent
 PAGE = 4096
 MIB = 1 << 20
 
@@ -229,6 +234,37 @@ def test_a_file_that_is_truncated_underneath_is_an_error_and_no_sigbus(ram: int)
         with pytest.raises(GuestMemoryError, match="Bad address"):
             memory.write(MIB, b"1234")
         assert memory.read(0, 4) == bytes(4)
+
+
+@pytest.mark.parametrize("barred", [False, True])
+def test_memory_is_copied_where_containers_bar_process_vm_readv_too(barred: bool) -> None:
+    numbers = {"x86_64": (310, 311), "aarch64": (270, 271)}.get(platform.machine())
+    if numbers is None:
+        pytest.skip("needs the numbers of this architecture's calls")
+    code = f"""
+import os
+from tests.test_old_kernel import bar
+from sparsemem.virtio import FileRange, GuestMemory, GuestMemoryError
+if {barred}:
+    bar(*{numbers})
+fd = os.memfd_create("ram")
+os.ftruncate(fd, 1 << 20)
+with GuestMemory([FileRange(0, 1 << 20, fd)]) as memory:
+    memory.write(5, b"hello")
+    assert os.pread(fd, 5, 5) == b"hello" == memory.read(5, 5)
+    os.ftruncate(fd, 4096)
+    for use in (lambda: memory.read(8192, 4), lambda: memory.write(8192, b"1234")):
+        try:
+            use()
+        except GuestMemoryError as error:
+            assert error.errno == 14, error
+        else:
+            raise AssertionError("it was no error")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_who_is_in_the_middle_of_something_goes_on_with_the_table_before(ram: int) -> None:

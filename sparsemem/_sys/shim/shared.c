@@ -17,7 +17,6 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
-#include <string.h>
 
 #include "internal.h"
 
@@ -54,14 +53,27 @@ static void install(void)
     sigaction(SIGBUS, &ours, &before);
 }
 
-/* A landing for what follows; false when it was reached by a fault. */
-#define GUARDED() (pthread_once(&once, install), sigsetjmp(landing, 0) == 0 ? (guarded = 1) : 0)
+/* A landing for what follows, which returns from the function that it is used in.  A macro, since
+ * who sets a landing must not have returned when it is jumped to. */
+#define GUARD()                             \
+    do {                                    \
+        pthread_once(&once, install);       \
+        if (sigsetjmp(landing, 0) != 0)     \
+            return -EFAULT;                 \
+        enter();                            \
+    } while (0)
 
-static int leave(void)
+/* The compiler must not move the access out from between these two. */
+static void enter(void)
+{
+    guarded = 1;
+    __asm__ volatile("" ::: "memory");
+}
+
+static void leave(void)
 {
     __asm__ volatile("" ::: "memory");
     guarded = 0;
-    return 0;
 }
 
 /* Acquire: what the other side wrote before it moved the index is there for later reads. */
@@ -69,8 +81,7 @@ int sm_shared_load16(uint64_t address)
 {
     uint16_t value;
 
-    if (!GUARDED())
-        return -EFAULT;
+    GUARD();
     value = __atomic_load_n((const uint16_t *)(uintptr_t)address, __ATOMIC_ACQUIRE);
     leave();
     return value;
@@ -81,9 +92,9 @@ int sm_shared_load16(uint64_t address)
  * the other's wish, which x86 reorders, too. */
 int sm_shared_store16(uint64_t address, uint16_t value)
 {
-    if (!GUARDED())
-        return -EFAULT;
+    GUARD();
     __atomic_store_n((uint16_t *)(uintptr_t)address, value, __ATOMIC_RELEASE);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    return leave();
+    leave();
+    return 0;
 }

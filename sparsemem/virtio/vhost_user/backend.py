@@ -19,14 +19,15 @@ after which the guest's driver gives up for good.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from attrs import define, field, frozen
 
 from sparsemem.virtio.device import Device, GuestError
-from sparsemem.virtio.guest_memory import GuestMemory, RegionRange
+from sparsemem.virtio.guest_memory import GuestMemory, GuestMemoryError, RegionRange
 from sparsemem.virtio.queue import EVENT_IDX, INDIRECT, Chain, Queue, check_room
 from sparsemem.virtio.vhost_user.state import Answer, Journal, digest
 from sparsemem.virtio.vhost_user.vring import Vring, signal
@@ -104,7 +105,8 @@ class Backend:
     _misplaced: str = field(init=False, default="")
     _last: Answer | None = field(init=False, default=None)
     _recorded: dict[str, object] | None = field(init=False, default=None)
-    _used_before: bool = field(init=False, default=False)
+    _used: bool = field(init=False, default=False)  # by a driver, since the device was last reset
+    _left: bool = field(init=False, default=False)  # by that driver: it has stopped all rings
     _failures: int = field(init=False, default=0)
     _last_failure: str = field(init=False, default="")
     _unsaved: bool = field(init=False, default=False)
@@ -116,7 +118,7 @@ class Backend:
         if found is not None:
             state, self._last = found
             self.device.load(state)
-            self._used_before = True
+            self._used = self._left = True
             self._recorded = state
         self.device.config_changed = self._config_changed
         self.device.answer_late = self._answer_late
@@ -170,6 +172,7 @@ class Backend:
     def disconnect(self) -> None:
         """The frontend has gone; the device's own state stays."""
         for vring in self.vrings:
+            self.stop(vring)
             vring.close()
         self.memory.replace(())
         self.features = self.status = 0
@@ -190,19 +193,28 @@ class Backend:
         self.device.negotiate(features & self.device.features)
         self.features = features
 
+    def stop(self, vring: Vring) -> int:
+        """Stops a ring; where the device stands in it."""
+        base = vring.stop()
+        if not self.running:
+            self._left = self._used
+            self.recover()
+        return base
+
     def new_driver(self) -> None:
-        """The driver begins anew.  Resets the device, if another has worked with it.
+        """A driver begins anew.  Resets the device, if another has worked with it.
 
         A reset does not show in vhost-user: a guest that reboots and one that is only paused
-        stop the rings in the same way.  But a driver writes to the configuration before its rings
-        run, and its rings begin at 0.
+        stop the rings in the same way.  But a driver that begins anew writes to the configuration
+        before its rings run, or has rings that begin at 0 and did not stop there.
         """
-        if self._used_before and not self.running:
-            self._used_before = False
-            self.device.reset()
-            if self.features:
-                # The reset is of the time before; what the new driver has accepted already stands.
-                self.device.negotiate(self.features & self.device.features)
+        if not self._left:
+            return
+        self._used = self._left = False
+        self.device.reset()
+        if self.features:
+            # The reset is of the time before; what the new driver has accepted already stands.
+            self.device.negotiate(self.features & self.device.features)
 
     def fail(self, reason: str, vring: Vring | None = None) -> None:
         """The device needs a reset: nothing is served until the rings are stopped, or the status is 0."""
@@ -235,20 +247,24 @@ class Backend:
 
     def serve(self, vring: Vring) -> bool:
         """Serves a ring for a while; whether there may be more to do at once."""
-        if self.needs_reset:
-            return False
+        more = False
+        with self._failing(vring):
+            queue = None if self.needs_reset else vring.ready(self.memory, self.features)
+            if queue is not None:
+                self._used = True
+                more = all(vring.held is None and self._serve_one(vring, queue) for _ in range(_TURN))
+        return more
+
+    @contextlib.contextmanager
+    def _failing(self, vring: Vring) -> Iterator[None]:
+        """What goes wrong within it is the device's, and nobody else's."""
         try:
-            queue = vring.ready(self.memory, self.features)
-            if queue is None:
-                return False
-            self._used_before = True
-            return all(vring.held is None and self._serve_one(vring, queue) for _ in range(_TURN))
-        except GuestError as error:
+            yield
+        except (GuestError, GuestMemoryError) as error:
             self.fail(f"queue {vring.index}: {error}", vring)
-        except Exception as error:  # whatever else: the other guests of this process go on
+        except Exception as error:  # an error of ours: the other guests of this process go on
             _log.exception("%s: queue %d", self.name, vring.index)
             self.fail(f"queue {vring.index}: {type(error).__name__}: {error}", vring)
-        return False
 
     def _serve_one(self, vring: Vring, queue: Queue) -> bool:
         """One request; False if there is none, or if the host cannot go on with it now."""
@@ -292,10 +308,8 @@ class Backend:
                 continue  # it was stopped: the request is found again when it goes on
             vring.held = None
             request = digest(chain.head, chain.element.data, chain.element.room)
-            try:
+            with self._failing(vring):
                 self._finish(vring, queue, chain, Answer(index, chain.index, request, answer.hex()), answer)
-            except GuestError as error:
-                self.fail(f"queue {index}: {error}", vring)
 
     def close(self) -> None:
         """The end: the device is let go of, and the guest's memory."""
@@ -306,16 +320,16 @@ class Backend:
     def save(self) -> bool:
         """Writes the state file, if there is one; False if that failed, and then nothing may be answered.
 
-        An answer without content that left the state as it was needs no record: done again it
-        comes to the same (a balloon's pages, which the guest does not use before the answer).
+        A request that left the state as it was needs no record: done again it comes to the same, or
+        to what is right then (a balloon's pages, a question, what is refused).
         """
         if self.journal is None:
             return True
-        state, last = self.device.save(), self._last
-        if state == self._recorded and (last is None or not last.answer):
+        state = self.device.save()
+        if state == self._recorded:
             return True
         try:
-            self.journal.record(state, last)
+            self.journal.record(state, self._last)
         except OSError as error:
             trouble = f"{self.journal.path}: {error.strerror}: requests wait until it can be written"
             if trouble != self.trouble:

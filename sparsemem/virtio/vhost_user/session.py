@@ -137,10 +137,7 @@ class Session:
 
     def _get_vring_base(self, state: VringState) -> bytes:
         vring = self._vring(state.index)
-        base = vring.stop()
-        if not self._backend.running:
-            self._backend.recover()
-        return messages.vring_state(VringState(state.index, base))
+        return messages.vring_state(VringState(state.index, self._backend.stop(vring)))
 
     def _get_config(self, asked: Config) -> bytes:
         # Where it is out of range the answer has no data, which says so.
@@ -177,14 +174,14 @@ class Session:
         self._backend.status = status
         if not status:
             for vring in self._backend.vrings:
-                vring.stop()
-            self._backend.recover()
+                self._backend.stop(vring)
 
     def _set_config(self, message: Message) -> None:
         config: Config = message.payload
         if config.migration:
             raise ValueError("migration of the configuration is not offered")
-        self._backend.new_driver()
+        if not self._backend.running:
+            self._backend.new_driver()
         self._backend.device.write_config(config.offset, config.data)
 
     def _set_backend_req_fd(self, message: Message) -> None:
@@ -270,7 +267,7 @@ class Session:
         if state.number > 0xFFFF:
             raise ValueError(f"a base of {state.number}, where 65535 is the most")
         vring.base = state.number
-        if not state.number:
+        if not state.number and vring.stopped_at != 0:
             self._backend.new_driver()
 
     def _set_vring_kick(self, message: Message) -> None:
@@ -307,8 +304,12 @@ class Session:
 
     @property
     def notices(self) -> socket.socket | None:
-        """Where the frontend can be told of a changed configuration, while there is something to tell."""
-        wanted = self._backend.config_pending and self._protocol & Protocol.CONFIG
+        """Where the frontend can be told of a changed configuration, while there is something to tell.
+
+        And while a driver is at work: it reads the configuration before that, and QEMU 10.0 crashes
+        when it is told of a change while it still makes the device.
+        """
+        wanted = self._backend.config_pending and self._backend.running and self._protocol & Protocol.CONFIG
         return self._notices if wanted else None
 
     def notify(self) -> None:

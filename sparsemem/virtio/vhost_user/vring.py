@@ -45,6 +45,7 @@ class Vring:
         index: Which queue of the device it is.
         size: Entries.
         base: Where the frontend says that the device is.
+        stopped_at: Where the device was when it last stopped; None if it never ran.
         rings: Where it is, once that is known.
         kick: What the driver signals.
         call: What the driver is signalled by.
@@ -58,6 +59,7 @@ class Vring:
     index: int
     size: int = 0
     base: int = 0
+    stopped_at: int | None = None
     rings: Rings | None = None
     kick: Descriptor | None = None
     call: Descriptor | None = None
@@ -99,7 +101,7 @@ class Vring:
     def stop(self) -> int:
         """Stops it; where the device stands, which is the first request that is not answered."""
         if self.queue is not None:
-            self.base = self.queue.used
+            self.base = self.stopped_at = self.queue.used
         self.queue = self.held = None
         replace(self, "kick", None)
         return self.base
