@@ -32,6 +32,8 @@ PROMISES = {
     "peers-keep-their-blocks": "Regions that share memory, with blocks by agreement, leave each other's alone.",
     "private-to-its-user": "Descriptors are closed on exec, memfds sealed, files 0600, links not followed.",
     "hostile-peer-is-contained": "Who shares the memory can spoil content, but not make another's state untrue.",
+    "strays-are-caught": "With a protection, an access to an unplugged block is caught, and all else is as without.",
+    "hostile-guest-is-contained": "Whatever a guest or frontend sends to a device, the host's state stays true.",
     "no-leaks": "Descriptors, mappings, memory and objects stay flat, however often.",
     "memory-safe": "The shim has no data race and no memory error that the sanitizers see.",
 }

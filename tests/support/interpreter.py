@@ -46,6 +46,8 @@ def about_the_kernel(item: pytest.Item) -> bool:
     kind = parameters["made"][0].id if "made" in parameters else None
     if path.name in ("test_faults.py", "test_security.py"):
         kind = parameters.get("name")
+    if "made" in parameters and parameters["made"][2] != "none":
+        return True
     strategy = parameters["made"][1] if "made" in parameters else parameters.get("strategy", "auto")
     if kind is not None and (kind not in KINDS or (strategy not in ("auto", "populate_write"))):
         return True
