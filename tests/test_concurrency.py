@@ -30,12 +30,20 @@ pytestmark = pytest.mark.slow
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
-    """Whoever hangs is shown, with all threads, and ended."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    """Whoever hangs is shown, with all threads, and ended.
+
+    By an alarm, which works in a forked child: the thread of `faulthandler.dump_traceback_later` is not there, and to
+    set or cancel it there would wait for that thread for ever.
+    """
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.unregister(signal.SIGALRM)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Load:
@@ -139,8 +147,7 @@ def test_threads_and_processes_under_load_lose_nothing(cases: Cases) -> None:
         fd = region.fileno()
 
         def child(number: int) -> tuple[int, int]:
-            signal.alarm(0)
-            with watchdog(SECONDS * 3 + 30), Region(region.size, block_size=BLOCK, backend=Memfd(fd=fd)) as own:
+            with watchdog(SECONDS * 3 + 30), Region(region.size, block_size=BLOCK, backend=Memfd(fd=fd, existing="trust")) as own:
                 operations = Load(own, number * part, number).run()
                 counts = own._core.blocks.counts()
                 assert (counts.busy, counts.claims, counts.pins, counts.tainted) == (0, 0, 0, 0)
