@@ -147,7 +147,10 @@ def test_threads_and_processes_under_load_lose_nothing(cases: Cases) -> None:
         fd = region.fileno()
 
         def child(number: int) -> tuple[int, int]:
-            with watchdog(SECONDS * 3 + 30), Region(region.size, block_size=BLOCK, backend=Memfd(fd=fd, existing="trust")) as own:
+            with (
+                watchdog(SECONDS * 3 + 30),
+                Region(region.size, block_size=BLOCK, backend=Memfd(fd=fd, existing="trust")) as own,
+            ):
                 operations = Load(own, number * part, number).run()
                 counts = own._core.blocks.counts()
                 assert (counts.busy, counts.claims, counts.pins, counts.tainted) == (0, 0, 0, 0)
