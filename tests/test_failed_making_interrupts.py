@@ -23,6 +23,8 @@ from tests.support import accounting
 from tests.support.kinds import need_protection
 from tests.test_failed_making import BLOCK, DATA, file  # noqa: F401 - the fixture
 
+pytestmark = [pytest.mark.promise("make-or-leave-nothing"), pytest.mark.promise("interrupt-safe")]
+
 MODULES = {
     sys.modules[f"sparsemem.{name}"].__file__
     for name in ("region", "backends.kernel", "backends.adopted", "backends.allocated", "stray")

@@ -40,6 +40,7 @@ def settled(made: Made, region: Region, before: int, held: set[int] = HELD) -> N
     check_others(region)
 
 
+@pytest.mark.promise("plug-all-or-nothing")
 @pytest.mark.parametrize("strategy", ["auto", "populate_write", "fallocate", "uffd_copy", "touch", "futex"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plug(name: str, strategy: str, request: pytest.FixtureRequest, inject: Injector) -> None:
@@ -78,6 +79,7 @@ def check_a_plug(made: Made, region: Region, told: Told, inject: Injector) -> No
         assert region.audit().ok
 
 
+@pytest.mark.promise("tainted-is-mended")
 @pytest.mark.parametrize(("name", "protection"), EACH)
 def test_a_rollback(name: str, protection: str, request: pytest.FixtureRequest, inject: Injector) -> None:
     """The third block cannot be populated, and from the nth on no discard works either."""
@@ -103,6 +105,7 @@ def test_a_rollback(name: str, protection: str, request: pytest.FixtureRequest, 
                 assert region.audit().ok
 
 
+@pytest.mark.promise("unplug-says-what-happened")
 @pytest.mark.parametrize(("name", "protection"), EACH)
 def test_an_unplug(name: str, protection: str, request: pytest.FixtureRequest, inject: Injector) -> None:
     """What access could not be taken from is as it was; whatever else fails taints its block."""

@@ -97,6 +97,7 @@ def renew_file(made: Made) -> None:
 # ---- what it is for --------------------------------------------------------------------------
 
 
+@pytest.mark.promise("strays-are-caught")
 @pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
 @every_protected
 def test_a_stray_access_is_caught_and_plugged_blocks_work(made: Made, write: bool) -> None:
@@ -120,6 +121,7 @@ def test_a_stray_access_is_caught_and_plugged_blocks_work(made: Made, write: boo
         assert run_child(child, block).signal is SIGNAL[made.protection], block
 
 
+@pytest.mark.promise("strays-are-caught")
 @every_protected
 def test_a_system_call_on_an_unplugged_block_is_an_error(made: Made) -> None:
     with made.region(8 * made.kind.block_size) as region:
@@ -155,6 +157,7 @@ def test_it_needs_no_privilege(backend: Backend, protection: str) -> None:
     assert unprivileged(child, 9).signal is SIGNAL[protection]
 
 
+@pytest.mark.promise("strays-are-caught")
 @every_protected
 def test_what_a_failed_plug_has_begun_is_protected_again(made: Made, inject: Injector) -> None:
     with made.region(8 * made.kind.block_size) as region:
@@ -174,6 +177,7 @@ def test_what_a_failed_plug_has_begun_is_protected_again(made: Made, inject: Inj
         assert accessible_blocks(region) == [1, 3, 5]
 
 
+@pytest.mark.promise("strays-are-caught")
 @settings(max_examples=40)
 @given(
     protection=st.sampled_from(PROTECTIONS),
@@ -508,6 +512,7 @@ def test_prot_none_is_a_mapping_for_each_run() -> None:
         assert len(accounting.vmas(region.address, region.size)) == 1
 
 
+@pytest.mark.promise("strays-are-caught")
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["unplug", "unplug_runs"])
 def test_prot_none_with_no_mappings_left_changes_nothing(way: str) -> None:
@@ -558,6 +563,7 @@ def test_prot_none_with_no_mappings_left_changes_nothing(way: str) -> None:
 # ---- fork, peers, the end -------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("strays-are-caught")
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_a_child_that_has_the_region_too_is_protected_as_well(backend: Backend, protection: str) -> None:
     with Region("1M", block_size=BLOCK, backend=backend, protection=protection, fork="inherit") as region:

@@ -237,6 +237,7 @@ class PrivateModel(Model):
 
 
 @pytest.mark.parametrize("protection", ["none", "trap", "guard", "prot_none"])
+@pytest.mark.promise("any-order-of-operations")
 @pytest.mark.parametrize("model", [Model, AnonymousModel, PrivateModel])
 def test_a_region_is_its_model(model: type[Model], protection: str) -> None:
     from hypothesis.stateful import run_state_machine_as_test

@@ -137,8 +137,8 @@ class KernelMapping(Mapping):
         self.page_size = area.page_size
         self.fresh = self.recipe.fresh
         self.can_discard = bool(self.recipe.discard)
-        self.bridge = self.recipe.bridge
         self.fork_inherits = request.fork == "inherit"
+        self.bridge = self.recipe.bridge if self._is_ours_alone(area) else 0
         # Not where something stands in the kernel's place: that must see every call.
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
         self.protection = check_protection(request.protection)
@@ -181,6 +181,16 @@ class KernelMapping(Mapping):
         except BaseException:
             self.abandon()
             raise
+
+    def _is_ours_alone(self, area: Area) -> bool:
+        """Whether nobody else can have anything in blocks that are unplugged here.
+
+        Of a shared file somebody else may have plugged what lies between two of our
+        blocks: a discard that bridges the gap would take it from them.
+        """
+        if self.recipe.inheritance is not Inheritance.SHARED:
+            return True
+        return area.adopt is None and area.created is None and area.unlink is None and not self.fork_inherits
 
     # ---- reserving -------------------------------------------------------------------
 
@@ -411,9 +421,9 @@ class KernelMapping(Mapping):
         if self.recipe.evidence is Evidence.PAGE_CACHE:
             return residency.shared_anonymous(calls, self._address, self.size, offset, length)
         if self.recipe.evidence is Evidence.FILE_DATA:
-            return residency.file_data(calls, self.fileno(), offset, offset + length)
+            return residency.file_data(calls, self._file(), offset, offset + length)
         if self.recipe.evidence is Evidence.FILE_EXTENTS:
-            return residency.file_extents(calls, self.fileno(), offset, offset + length)
+            return residency.file_extents(calls, self._file(), offset, offset + length)
         return None
 
     def contents(self, offset: int, length: int) -> list[Run] | None:
@@ -498,6 +508,13 @@ class KernelMapping(Mapping):
         return Cause.UNKNOWN if self._surroundings is None else self._surroundings.diagnose(errno, offset)
 
     def fileno(self) -> int:
+        fd = self._file()
+        # From now on others may have blocks of their own in it (see _is_ours_alone).
+        if self.recipe.inheritance is Inheritance.SHARED:
+            self.bridge = 0
+        return fd
+
+    def _file(self) -> int:
         if self._fd is None:
             raise UnsupportedError(f"{self.kind.value} memory has no file descriptor")
         if self._offset:

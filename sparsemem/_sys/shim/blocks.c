@@ -113,12 +113,12 @@ static void enlist(sm_blocks *b)
 
 static void delist(sm_blocks *b)
 {
-    if (!b->link)
-        return;
     pthread_mutex_lock(&list_mutex);
-    *b->link = b->next;
-    if (b->next)
-        b->next->link = b->link;
+    if (b->link) {              /* not of a map that could not be made          */
+        *b->link = b->next;
+        if (b->next)
+            b->next->link = b->link;
+    }
     pthread_mutex_unlock(&list_mutex);
 }
 
@@ -197,6 +197,12 @@ static const uint64_t *map_of(const sm_blocks *b, int which)
 }
 
 int sm_blocks_state(sm_blocks *b) { return __atomic_load_n(&b->state, __ATOMIC_RELAXED); }
+
+/* With the mutex held; but sm_blocks_state() looks without it. */
+static void set_state(sm_blocks *b, int state)
+{
+    __atomic_store_n(&b->state, state, __ATOMIC_RELAXED);
+}
 
 void sm_blocks_counts(sm_blocks *b, sm_counts *out)
 {
@@ -677,10 +683,12 @@ size_t sm_claim_bridge(sm_claim *claim, uint64_t most, sm_run *victims, size_t n
 int sm_claim_charge(sm_claim *claim, uint64_t bytes)
 {
     sm_blocks *b = claim->blocks;
-    int code = b->budget ? budget_charge(b->budget, bytes) : SM_OK;
+    int code = SM_OK;
 
-    if (code == SM_OK && b->budget)
+    lock(b);        /* the budget goes with the region, whose claim may outlive it */
+    if (b->budget && (code = budget_charge(b->budget, bytes)) == SM_OK)
         claim->charged += bytes;
+    unlock(b);
     return code;
 }
 
@@ -733,7 +741,7 @@ uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *o, int close_map)
     claim->charged = 0;
     if (close_map) {
         budget_settle(b, -(b->nplugged * b->block_size));
-        b->state = SM_CLOSED;
+        set_state(b, SM_CLOSED);
     }
     release(b, claim);
     unlock(b);
@@ -824,7 +832,7 @@ void sm_blocks_after_fork(sm_blocks *b, int refuse, uint64_t owner)
     if (refuse) {
         b->budget = NULL;
         if (b->state == SM_OK)
-            b->state = SM_FORKED;
+            set_state(b, SM_FORKED);
     }
     unlock(b);
 }
