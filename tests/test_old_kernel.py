@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
 import platform
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import seccomp
 
 ROOT = Path(__file__).parent.parent
 _MADVISE = {"x86_64": 28, "aarch64": 233}
@@ -20,60 +21,34 @@ _IOCTL = {"x86_64": 16, "aarch64": 29}
 _BEFORE = "from tests.test_old_kernel import become_old; become_old({scan})"
 
 
-def _filter(scan: bool) -> bytes:
-    """BPF: madvise with advice 22 or 23 is EINVAL, ioctl(PAGEMAP_SCAN) is ENOTTY, all else is allowed."""
-    machine = platform.machine()
-
-    def load(offset: int) -> tuple[int, int, int, int]:
-        return 0x20, 0, 0, offset
-
-    def jump_unless(value: int, skip: int) -> tuple[int, int, int, int]:
-        return 0x15, 0, skip, value
-
-    def answer(value: int) -> tuple[int, int, int, int]:
-        return 0x06, 0, 0, value
-
-    errno_, allow = 0x00050000, 0x7FFF0000
-    program = [
-        load(0),  # nr
-        jump_unless(_MADVISE[machine], 5),
-        load(16 + 2 * 8),  # the third argument
-        jump_unless(22, 1),
-        answer(errno_ | 22),
-        jump_unless(23, 1),
-        answer(errno_ | 22),
-        load(0),
-        jump_unless(_IOCTL[machine], 3),
-        load(16 + 8),
-        jump_unless(3 << 30 | 96 << 16 | ord("f") << 8 | 16, 1),
-        answer(allow if scan else errno_ | 25),
-        answer(allow),
-    ]
-    return b"".join(struct.pack("HBBI", *step) for step in program)
-
-
 def become_old(scan: bool) -> None:
-    """Installs the filter in this process; with `scan`, PAGEMAP_SCAN still works."""
-    install(_filter(scan))
+    """madvise with advice 22 or 23 is EINVAL, ioctl(PAGEMAP_SCAN) is ENOTTY unless `scan`, all else is allowed."""
+    machine = platform.machine()
+    seccomp.install(
+        [
+            seccomp.load_number(),
+            seccomp.jump_unless(_MADVISE[machine], 5),
+            seccomp.load_argument(2),
+            seccomp.jump_unless(22, 1),
+            seccomp.fail(errno.EINVAL),
+            seccomp.jump_unless(23, 1),
+            seccomp.fail(errno.EINVAL),
+            seccomp.load_number(),
+            seccomp.jump_unless(_IOCTL[machine], 3),
+            seccomp.load_argument(1),
+            seccomp.jump_unless(3 << 30 | 96 << 16 | ord("f") << 8 | 16, 1),
+            seccomp.allow() if scan else seccomp.fail(errno.ENOTTY),
+            seccomp.allow(),
+        ]
+    )
 
 
 def bar(*numbers: int) -> None:
     """Makes system calls EPERM in this process, as containers do."""
-    load_nr, skip_over, eperm, allow = (0x20, 0, 0, 0), 0x15, 0x00050001, 0x7FFF0000
-    program = [load_nr]
+    steps = [seccomp.load_number()]
     for number in numbers:
-        program += [(skip_over, 0, 1, number), (0x06, 0, 0, eperm)]
-    install(b"".join(struct.pack("HBBI", *step) for step in [*program, (0x06, 0, 0, allow)]))
-
-
-def install(filter_: bytes) -> None:
-    """Installs a seccomp filter in this process."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = ctypes.create_string_buffer(filter_)
-    program = struct.pack("HxxxxxxP", (len(code) - 1) // 8, ctypes.addressof(code))
-    pr_set_no_new_privs, pr_set_seccomp, mode_filter = 38, 22, 2
-    if libc.prctl(pr_set_no_new_privs, 1, 0, 0, 0) or libc.prctl(pr_set_seccomp, mode_filter, program, 0, 0):
-        raise OSError(ctypes.get_errno(), "no seccomp filter can be installed here")
+        steps += [seccomp.jump_unless(number, 1), seccomp.fail(errno.EPERM)]
+    seccomp.install([*steps, seccomp.allow()])
 
 
 def python(code: str, *, scan: bool = False) -> subprocess.CompletedProcess[str]:

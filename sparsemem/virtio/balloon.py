@@ -374,6 +374,9 @@ class VirtioBalloon(Device):
             self._stats_held = False
             self._command = HINT_STOP
             self._guest_command = self._open_since = None
+            # Written by the driver only; the next one writes when its balloon has changed, and not before.
+            self._actual = 0
+            self._changed.notify_all()
         for partial in list(self._partial.values()):
             partial.clear()
 

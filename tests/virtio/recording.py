@@ -96,7 +96,7 @@ def recorded(path: Path, most: int = 2000) -> Iterator[None]:
             note({"device": device.device_id, "queue": index, "data": element.data.hex(), "room": room})
             return original(index, element)
 
-        device.handle = noting  # type: ignore[method-assign]
+        device.handle = noting  # type: ignore[method-assign, assignment]
         try:
             return serve(self, vring, queue)
         finally:
