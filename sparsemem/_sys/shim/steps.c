@@ -302,7 +302,7 @@ static void unprotect(const sm_job *job, char *at, uint64_t length)
     const sm_uffd *u = job->uffd;
     struct uffdio_writeprotect range = {.range = {(uintptr_t)at, length}};
 
-    if (u && u->pid == getpid())
+    if (u && *u->ours)
         ioctl(u->fd, UFFDIO_WRITEPROTECT, &range);
 }
 
