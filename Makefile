@@ -2,6 +2,7 @@
 #
 #   PYTHON=/path/to/python3   the interpreter to use (else the first fit one: scripts/pythons)
 #   ARGS="-k plug -x"         passed on to pytest (make test) or to the demo (make demo)
+#   SECONDS=3600 SEED=7       how long make soak goes on (600), and which seed it begins with (a new one)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,16 +13,30 @@ export PYTHON
 BUILD_INPUTS := pyproject.toml setup.py MANIFEST.in $(shell find sparsemem/_sys/shim -name '*.[ch]') sparsemem/_sys/_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs-test fuzz lint format types wheel clean
+SECONDS ?= 600
+SEED ?=
+
+.PHONY: help demo test soak sanitize reliability docs-test fuzz lint format types wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## plug and unplug real memory on every kind of mapping, checked against the kernel
 	$(BIN)/sparsemem demo $(ARGS)
 
 test: $(VENV)/.testable ## run the tests (what needs root or huge pages is skipped with a reason)
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.testable ## the state machine for SECONDS, over every kind of mapping; prints how to replay a failure
+	SPARSEMEM_SOAK_SECONDS=$(SECONDS) SPARSEMEM_SOAK_SEED=$(SEED) $(BIN)/python -m pytest tests/stateful/soak.py $(ARGS)
+
+sanitize: $(VENV)/.testable ## tests with the shim under AddressSanitizer and UBSan; the C harness under these and TSan
+	scripts/sanitized-tests $(BIN)/python $(ARGS)
+	$(BIN)/python -m pytest tests/sanitizers
+
+reliability: $(VENV)/.testable ## run every test that shows a promise, and write docs/reliability.md
+	SPARSEMEM_EVIDENCE=$(CURDIR)/build/evidence.json $(BIN)/python -m pytest -m promise $(ARGS)
+	$(BIN)/python -m tests.support.reliability build/evidence.json docs/reliability.md
 
 docs-test: $(VENV)/.testable ## run the examples of the README and the docs
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)

@@ -32,6 +32,7 @@ from sparsemem.errors import (
     RegionClosedError,
     ReserveError,
     SnapshotError,
+    SnapshotIOError,
     SparseMemError,
     UnsupportedError,
     ViewsAliveError,
@@ -39,6 +40,7 @@ from sparsemem.errors import (
 from sparsemem.headroom import Headroom
 from sparsemem.listeners import Listener
 from sparsemem.region import BlockState, Region
+from sparsemem.snapshot import Snapshot
 from sparsemem.statistics import Stats
 from sparsemem.stray import StrayAccess
 from sparsemem.units import format_size, parse_size
@@ -71,7 +73,9 @@ __all__ = [
     "ReserveError",
     "Secret",
     "Simulated",
+    "Snapshot",
     "SnapshotError",
+    "SnapshotIOError",
     "SparseMemError",
     "Stats",
     "StrayAccess",

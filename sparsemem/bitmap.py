@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from sparsemem._sys import ffi, lib
@@ -12,7 +13,7 @@ from sparsemem.errors import Run
 FITS = {"first": lib.SM_FIRST, "last": lib.SM_LAST, "best": lib.SM_BEST}
 """Where `find` puts a run: the lowest place, the highest, or the smallest that holds it."""
 
-CHUNK = 4096
+_CHUNK = 4096
 """Runs that one call into C fetches."""
 
 
@@ -40,11 +41,27 @@ def pairs(array: Any, n: int) -> Iterator[Run]:
     return zip(numbers, numbers, strict=False)
 
 
+def in_chunks(fetch: Callable[..., int], start: int, stop: int) -> Iterator[Run]:
+    """The runs in [start, stop), which a function of C fetches: see `sm_bits_runs` for its last five arguments.
+
+    The caller takes them from `zip` itself: through a generator each would take half as
+    long again.
+    """
+    return chain.from_iterable(_chunks(fetch, start, stop))
+
+
+def _chunks(fetch: Callable[..., int], start: int, stop: int) -> Iterator[Iterator[Run]]:
+    out, following = ffi.new("sm_run[]", _CHUNK), ffi.new("uint64_t *", start)
+    while following[0] < stop:
+        n = fetch(following[0], stop, out, _CHUNK, following)
+        yield pairs(out, n)
+
+
 class Bitmap:
     """`nbits` bits, all clear at first.
 
-    Memory is only used for pages of the bitmap that were written to.  Not
-    thread-safe: two threads that write to one word lose one of the writes.
+    Memory is only used for pages of the bitmap that were written to.  Threads may
+    set and clear different bits at the same time, of one word too.
     Arguments are not checked; callers have done that.
     """
 
@@ -59,11 +76,11 @@ class Bitmap:
 
     def set(self, first: int, count: int = 1) -> None:
         """Sets bits [first, first + count)."""
-        lib.sm_bits_fill(self.words, first, count, 1)
+        lib.sm_bits_fill_shared(self.words, first, count, 1)
 
     def clear(self, first: int, count: int = 1) -> None:
         """Clears bits [first, first + count)."""
-        lib.sm_bits_fill(self.words, first, count, 0)
+        lib.sm_bits_fill_shared(self.words, first, count, 0)
 
     def count(self, first: int, count: int) -> int:
         """Set bits among `count` bits."""
@@ -81,11 +98,7 @@ class Bitmap:
 
     def runs(self, value: bool = True, start: int = 0, stop: int | None = None) -> Iterator[Run]:
         """Maximal runs of that value, ascending."""
-        stop = self.nbits if stop is None else stop
-        out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
-        while following[0] < stop:
-            n = lib.sm_bits_runs(self.words, following[0], stop, value, out, CHUNK, following)
-            yield from pairs(out, n)
+        return in_chunks(partial(lib.sm_bits_runs, self.words, value), start, self.nbits if stop is None else stop)
 
     def buffer(self) -> memoryview:
         """The bytes, read-only and shared: bit n is bit n % 8 of byte n // 8."""

@@ -12,10 +12,11 @@ import enum
 import errno
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 from sparsemem._sys import ffi, lib
-from sparsemem.bitmap import CHUNK, fit_code, pairs, share
+from sparsemem.bitmap import fit_code, in_chunks, share
 from sparsemem.budget import Budget
 from sparsemem.errors import (
     BlockStateError,
@@ -46,6 +47,7 @@ class Want(enum.IntEnum):
     WITHIN_PLUGGED = lib.SM_WITHIN_PLUGGED
     TAINTED_ONLY = lib.SM_TAINTED_ONLY
     PENDING_ONLY = lib.SM_PENDING_ONLY
+    AS_IT_IS = lib.SM_AS_IT_IS
     WHOLE = lib.SM_WHOLE
 
 
@@ -99,11 +101,9 @@ class BlockMap:
 
     def runs(self, which: Map, value: bool, start: int = 0, stop: int | None = None) -> Iterator[Run]:
         """Maximal ascending runs; fetched in chunks, so a snapshot only of a quiet region."""
-        stop = self.nblocks if stop is None else stop
-        out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
-        while following[0] < stop:
-            n = lib.sm_blocks_runs(self.c, which, value, following[0], stop, out, CHUNK, following)
-            yield from pairs(out, n)
+        return in_chunks(
+            partial(lib.sm_blocks_runs, self.c, which, value), start, self.nblocks if stop is None else stop
+        )
 
     def runs_array(self, which: Map, value: bool) -> memoryview:
         """The same at one moment, as an array of uint64, two a run."""
@@ -156,10 +156,7 @@ class BlockMap:
 
     def discarded_pages(self, start: int, stop: int) -> Iterator[Run]:
         """Runs of pages discarded inside plugged blocks."""
-        out, following = ffi.new("sm_run[]", CHUNK), ffi.new("uint64_t *", start)
-        while following[0] < stop:
-            n = lib.sm_blocks_discarded_runs(self.c, following[0], stop, out, CHUNK, following)
-            yield from pairs(out, n)
+        return in_chunks(partial(lib.sm_blocks_discarded_runs, self.c), start, stop)
 
     # ---- pins and fork --------------------------------------------------------------------
 
@@ -270,9 +267,9 @@ class Claim:
         Raises:
             BackendExhaustedError: The budget does not cover it.
         """
-        if lib.sm_claim_charge(self._c, size) == lib.SM_BUDGET:
-            assert self._blocks.budget is not None
-            self._blocks.budget.refuse(size)
+        budget = self._blocks.budget
+        if budget is not None and lib.sm_claim_charge(self._c, size) == lib.SM_BUDGET:
+            budget.refuse(size)
 
     def finish(
         self,
@@ -307,6 +304,7 @@ _VERBS = {
     Want.WITHIN_PLUGGED: "use",
     Want.TAINTED_ONLY: "scrub",
     Want.PENDING_ONLY: "flush",
+    Want.AS_IT_IS: "save",
     Want.WHOLE: "close",
 }
 

@@ -32,6 +32,7 @@ class Cause(enum.Enum):
     CAPACITY = "the simulated capacity is used up"
     FILE_TRUNCATED = "the file ends before the block (truncated underneath?)"
     MAPPING_HOLE = "something unmapped a part of the region"
+    MAPPINGS = "the process has as many mappings as it may (vm.max_map_count)"
     PROTECTION = "the mapping does not allow it"
     POISONED = "a page is poisoned by a hardware error"
     UNKNOWN = "the kernel did not say why"
@@ -177,7 +178,15 @@ class ListenerVetoError(SparseMemError, RuntimeError):
 
 
 class SnapshotError(SparseMemError, ValueError):
-    """A snapshot file is not what it should be."""
+    """A snapshot is not what it should be: cut off, corrupted, foreign, newer, or not for this region."""
+
+
+class SnapshotIOError(OSError, SnapshotError):  # OSError first, which takes errno out of the arguments
+    """A snapshot could not be written or read; `errno` is the kernel's own.
+
+    After a failed save the file that had the name before is as it was.  One error comes later, and says
+    so: the new file has the name, but the disk does not promise that it keeps it.
+    """
 
 
 class _StoppedError(SparseMemError):

@@ -35,7 +35,7 @@ from sparsemem.errors import (
 )
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Announcement, Listener
-from sparsemem.quick import Quick, QuickFailedError
+from sparsemem.quick import Quick
 from sparsemem.recipes import TRAP
 from sparsemem.runs import EMPTY, Runs, clip, join, subtract, to_blocks
 from sparsemem.statistics import Tally
@@ -82,7 +82,8 @@ class Core:
         if not mapping.parallel:
             threads = 1
         elif self.threads is None:
-            threads = workers.sensible(size, huge=mapping.huge)
+            scattered = operation == "discard" and size < runs.n * workers.WORTH_A_FLUSH
+            threads = 1 if scattered else workers.sensible(size, huge=mapping.huge)
         else:
             threads = workers.limited(self.threads, size)
         return Work(mapping, operation, runs, self.shift, threads=threads, unit=self.block_size)
@@ -128,14 +129,21 @@ def plug_at_once(core: Core, first: int, count: int) -> bool:
     Raises:
         PopulateError: It failed, and so did giving back what was populated.
     """
+    quick = core.quick
+    # Only plain integers: whatever else may be one, or be refused, is for the long way to judge.
+    if quick is None or not type(first) is type(count) is int:
+        return False
     try:
-        return core.quick is not None and core.quick.plug(first, count)
-    except QuickFailedError as failure:
+        done = quick.plug(first, count)
+    except OverflowError:
+        return False
+    if done < 0:
         core.gauge.forget()
         core.tally.failed(rolled_back=True)
-        error = populate_error(core, failure.errno, first << core.shift, 0)
+        error = populate_error(core, -done, first << core.shift, 0)
         error.rolled_back = False
-        raise error from None
+        raise error
+    return done > 0
 
 
 def unplug_at_once(core: Core, first: int, count: int) -> bool:
@@ -144,13 +152,19 @@ def unplug_at_once(core: Core, first: int, count: int) -> bool:
     Raises:
         DiscardError: It failed; the blocks are tainted.
     """
+    quick = core.quick
+    if quick is None or not type(first) is type(count) is int:
+        return False
     try:
-        return core.quick is not None and core.quick.unplug(first, count)
-    except QuickFailedError as failure:
+        done = quick.unplug(first, count)
+    except OverflowError:
+        return False
+    if done < 0:
         core.tally.failed(rolled_back=False)
-        error = discard_error(failure.errno, first)
+        error = discard_error(-done, first)
         error.tainted = ((first, count),)
-        raise error from None
+        raise error
+    return done > 0
 
 
 class Plug(Operation):

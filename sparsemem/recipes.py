@@ -8,7 +8,8 @@ kernel, and the table in the documentation is made from it.
 
 Each populate starts with the discard: a stray write may have put something
 into an unplugged block, and a plugged block must read zero (or its template).
-A discard of empty memory costs 1-7 us.
+A discard of empty memory costs 1-7 us.  Only pages that the kernel itself refuses to
+put where there are any (userfaultfd's) come before it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,20 @@ class Step(enum.Enum):
     FUTEX = "futex(FUTEX_WAKE_OP) on each page"
     COLD = "madvise(MADV_COLD)"
     PAGEOUT = "madvise(MADV_PAGEOUT)"
+    UNPROTECT = "ioctl(UFFDIO_WRITEPROTECT) without protection"
     ZERO = "read(/dev/zero)"
     ZERO_PAGES = "ioctl(UFFDIO_ZEROPAGE) of the zero page"
     GUARD = "madvise(MADV_GUARD_INSTALL)"
     UNGUARD = "madvise(MADV_GUARD_REMOVE)"
     FORBID = "mprotect(PROT_NONE)"
     ALLOW = "mprotect(PROT_READ | PROT_WRITE)"
+
+
+FILLS = (Step.UFFD_COPY, Step.UFFD_ZEROPAGE)
+"""Steps that put pages only where nothing is.
+
+Unless missing pages trap they never fail: what they did not do is for the next steps.
+"""
 
 
 class Kind(enum.Enum):
@@ -121,10 +130,15 @@ class Recipe:
     def populate(
         self, strategy: str, *, huge: bool = False, warm: bool = False, protection: str = "none"
     ) -> tuple[Step, ...]:
-        """All steps of a plug: allow access, move from the warm pool, or reset, fault and cleanse."""
-        move = (Step.MOVE,) if warm else ()
-        faults = self.ways(huge=huge, protection=protection)[strategy]
-        return PROTECTIONS[protection].lift + move + self.reset + faults + self.cleanse
+        """All steps of a plug: allow access; what puts pages only where nothing is; or reset, fault and cleanse."""
+        lift, move = PROTECTIONS[protection].lift, (Step.MOVE,) if warm else ()
+        way = self.ways(huge=huge, protection=protection)[strategy]
+        if protection == TRAP:
+            return lift + move + self.reset + way + self.cleanse
+        # Moving and filling are refused where there is anything, so they come before the
+        # reset; the rest is for the chunks in which they were.
+        fill = max((i + 1 for i, step in enumerate(way) if step in FILLS), default=0)
+        return lift + move + way[:fill] + self.reset + way[fill:] + self.cleanse
 
     def release(self, protection: str = "none") -> tuple[Step, ...]:
         """All steps of an unplug: protect, and discard behind that."""
@@ -211,11 +225,12 @@ _FAULT = {POPULATE_WRITE: (Step.POPULATE_WRITE,), TOUCH: (Step.TOUCH,), FUTEX: (
 # Without touch, which leaves a zero in each page.
 _KEEP = {POPULATE_WRITE: (Step.POPULATE_WRITE,), FUTEX: (Step.FUTEX,)}
 
-# Those that fill without a fault, so that nothing of ours is ever trapped.
+# Those that fill without a fault, so that where missing pages trap nothing of ours is trapped.
 _COPY = {UFFD_COPY: (Step.UFFD_COPY,)}
 _COPY_SHMEM = {UFFD_ZEROPAGE: (Step.UFFD_ZEROPAGE,), **_COPY}
-_FILL = {**_COPY, **_FAULT}
-_FILL_SHMEM = {**_COPY_SHMEM, **_FAULT}
+# Elsewhere what they do not fill is populated.
+_FILL = {UFFD_COPY: (Step.UFFD_COPY, Step.POPULATE_WRITE), **_FAULT}
+_FILL_SHMEM = {UFFD_ZEROPAGE: (Step.UFFD_ZEROPAGE, Step.POPULATE_WRITE), **_FILL}
 _BLANK = (Step.ZERO_PAGES,)
 
 # fallocate first: it has an errno of its own (ENOSPC) where a fault has only
@@ -240,9 +255,10 @@ _ONCE = {
     TOUCH: (Step.TOUCH, Step.PUNCH),
     FUTEX: (Step.FUTEX, Step.PUNCH),
 }
-# UFFDIO_COPY fills in private pages alone; what it cannot do is populated the other way.
+# UFFDIO_COPY fills in private pages alone, and looks at no page of the file that nobody has
+# mapped: so that goes first.
 _COPY_ONCE = {UFFD_COPY: (Step.UFFD_COPY, Step.PUNCH)}
-_ONCE_FILLED = {**_COPY_ONCE, **_ONCE}
+_ONCE_FILLED = {UFFD_COPY: (Step.PUNCH, Step.UFFD_COPY, *_ONCE[POPULATE_WRITE]), **_ONCE}
 
 # A discard walks the page tables of what it covers, at about 0.4 us a MiB of nothing;
 # beyond that a range of its own in a vectored call is cheaper (measured: 1 MiB gaps
@@ -321,6 +337,7 @@ ADVICE: Mapping[str, tuple[Step, ...]] = {
     "collapse": (Step.COLLAPSE,),
     "cold": (Step.COLD,),
     "pageout": (Step.PAGEOUT,),
+    "unprotect": (Step.UNPROTECT,),
 }
 """The operations on plugged blocks that change where the content is, and not what it is."""
 

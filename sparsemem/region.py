@@ -11,10 +11,11 @@ import contextlib
 import enum
 import errno
 import logging
+import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
@@ -61,6 +62,8 @@ from sparsemem.operations import (
     unplug_at_once,
 )
 from sparsemem.runs import Runs, RunsInput, clip, collect, index_of, single, subtract
+from sparsemem.snapshot import Snapshot, Tracker, opened
+from sparsemem.snapshot import save as _save
 from sparsemem.statistics import Stats, Tally
 from sparsemem.stray import Catcher, StrayAccess, check_callback
 from sparsemem.units import Size, exact_size, parse_size
@@ -124,8 +127,8 @@ class Region:
             "trap": userfaultfd; an access is SIGBUS and a system call EFAULT, for no
             memory at all, but without transparent huge pages.  Not on files on disks.
             "guard": guard pages, SIGSEGV and EFAULT; they take page tables, 2 MiB for
-            each GiB of the region and 4 s for each TiB when it is made (measured).  Not on
-            hugetlb.  "prot_none": mprotect, SIGSEGV and EFAULT; works on all kernels and
+            each GiB of the region, and 4 to 10 s for each TiB when it is made (measured).
+            Not on hugetlb.  "prot_none": mprotect, SIGSEGV and EFAULT; works on all kernels and
             mappings, but each run of plugged blocks is a mapping of its own then, of
             which a process has 65530 (vm.max_map_count): an unplug that finds none left
             is a `DiscardError` that has changed nothing.  See docs/hazards.md.
@@ -205,6 +208,8 @@ class Region:
             self._catcher: Catcher | None = None
             blocks.adopt(given)  # before the backend touches anything, for the budget may refuse
             self._mapping: Mapping = _reserve(backend, self._request(given, dump, catch=catch_stray is not None))
+            if self._mapping.protection != protection:
+                raise UnsupportedError(f"{backend} has no protection={protection!r}")
             self._address = self._mapping.address
             self._core = Core(
                 mapping=self._mapping,
@@ -498,9 +503,15 @@ class Region:
             UnsupportedError: populate=False on memory that cannot be given back.
             RegionClosedError: It is closed.
         """
-        control = _control(progress, cancel, deadline)
-        if control is UNWATCHED and populate and plug_at_once(self._core, first, count):
+        if (
+            progress is None
+            and cancel is None
+            and deadline is None
+            and populate
+            and plug_at_once(self._core, first, count)
+        ):
             return count
+        control = _control(progress, cancel, deadline)
         return self._plug(single(first, count, self.nblocks), exist_ok, populate, control)
 
     def plug_runs(
@@ -592,10 +603,9 @@ class Region:
             UnsupportedError: The backend cannot give memory back.
             RegionClosedError: It is closed.
         """
-        control = _control(progress, cancel, deadline)
-        if control is UNWATCHED and unplug_at_once(self._core, first, count):
+        if progress is None and cancel is None and deadline is None and unplug_at_once(self._core, first, count):
             return count
-        return self._unplug(single(first, count, self.nblocks), missing_ok, control)
+        return self._unplug(single(first, count, self.nblocks), missing_ok, _control(progress, cancel, deadline))
 
     def unplug_runs(
         self,
@@ -658,7 +668,8 @@ class Region:
 
         The pages read zero (or the template) and are populated again by the next
         access, which may fail as any fault may.  Balloons, hinting and reporting
-        work like this.  With transparent huge pages, discarding a part of one may
+        work like this.  With protection="trap" they trap on shared memory and hugetlb,
+        until `populate` brings them back.  With transparent huge pages, discarding a part of one may
         free nothing until the kernel splits it: there is a `HugePageSplitWarning`
         first, where the kernel tells which pages are huge (Linux 6.7).
 
@@ -899,7 +910,8 @@ class Region:
         Without arguments it is the whole reservation, for a VMM that maps all of
         it.  That view holds off close but not unplug: a store to an unplugged
         block populates it behind the region's back, and so does a load of shared
-        memory; when the backend has nothing left, the access raises SIGBUS.
+        memory; when the backend has nothing left, the access raises SIGBUS.  With a
+        `protection` it always raises a signal, but for what `catch_stray` is told of.
 
         Args:
             first: The first block.
@@ -1011,6 +1023,153 @@ class Region:
             raise
         self._core.blocks.check_open()
 
+    # ---- snapshots --------------------------------------------------------------------------
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        compress: str | None = None,
+        dirty: bool | str | os.PathLike[str] = False,
+        full: bool = False,
+        follow_symlinks: bool = False,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        deadline: float | None = None,
+    ) -> Snapshot:
+        """Saves which blocks are plugged, and what they hold, to a file.
+
+        The file (mode 0600) gets its name only when all of it is on the disk, in place
+        of what had the name before; until then that is as it was.  Pages of zeroes take
+        no space in it, and pages that have no memory get none.
+
+        Each block is saved in a state that it had, plugged or not, at some moment of
+        the save: 32 MiB of blocks at a time are claimed while they are copied, others can
+        be plugged and unplugged meanwhile.  Views may be alive, but what their owners
+        store during the save may be in it or not, a part of it too: the *content* of the
+        whole is that of one moment only if nobody writes.
+
+        Args:
+            path: Where to.
+            compress: "zstd" makes the file smaller (the extra `zstd`); it cannot be restored
+                with `lazy=True` then.
+            dirty: Save only what has changed since the last such save.  True: the first one
+                is full, and each further one needs all before it to be restored.  A path: the
+                snapshot that the last one is believed to be, refused if it is another.  False:
+                a full one, that has nothing to do with the others.  From the first such save on the
+                kernel notes which pages this process writes to (Linux 6.7): the first store to
+                each page after a save is slower and splits a huge page, and small plugs go the
+                long way.  Not noted is what somebody else writes: other processes that share the
+                memory, `write()` to the file or memfd, devices that write to pinned pages.
+            full: With `dirty`: save all of it nevertheless, as the first one of a new chain.
+            follow_symlinks: If `path` is a symbolic link, write what it points to.
+            progress: Called with `(bytes done, bytes in all)` of plugged blocks about every 40 ms
+                and at the end, in this thread; what it raises stops the save.
+            cancel: When it is set, the save stops, and leaves nothing behind.
+            deadline: Seconds from now after which likewise.
+
+        Returns:
+            What the snapshot says about itself.
+
+        Raises:
+            SnapshotIOError: The disk is full, for one; `errno` tells.
+            SnapshotError: `dirty` names another snapshot than the last one, or `path` is one that
+                the new one would need.
+            BlockStateError: A plugged block is tainted.
+            UnsupportedError: Memory that is secret or simulated; `dirty=` where the kernel does
+                not tell; no `zstandard`.
+            OperationCancelledError: It was cancelled.
+            DeadlineError: It took too long.
+            RegionClosedError: It is closed.
+        """
+        control = _control(progress, cancel, deadline)
+        return _save(
+            self._core,
+            os.fsdecode(path),
+            str(self._backend),
+            compress=compress,
+            follow_symlinks=follow_symlinks,
+            # One for the region, whichever thread is first: in one step.
+            tracker=None if dirty is False else vars(self).setdefault("_tracker", Tracker(self._core)),
+            base=None if isinstance(dirty, bool) else os.fsdecode(dirty),
+            full=full,
+            control=control,
+        )
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
+        backend: Backend | None = None,
+        lazy: bool = False,
+        verify: bool = True,
+        follow_symlinks: bool = False,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Self:
+        """A new region in the state that a snapshot has.
+
+        Its size and block size are the snapshot's; its memory may be any other that has no
+        larger pages than that, and holds nothing yet.  All that is in the file is read and checked
+        before the region is made, and what is copied is checked once more: a file that was cut
+        off or changed in any place is refused, and so is one of a newer version.  Nothing in it is executed.
+
+        Args:
+            path: The snapshot.
+            base: For one that was saved with `dirty=`: the snapshots before it, back to the full
+                one, in any order.
+            backend: Where the memory comes from; `Anonymous()` by default.
+            lazy: Map the file privately instead of reading it: its blocks count as plugged, but
+                have no memory until they are written to, as if all their pages had been discarded
+                (see `discard`, and `populate` for how to get them).  A block that is unplugged
+                and plugged again shows the file once more: it is a template.  The file must stay
+                as it is as long as the region lives.
+            verify: False believes the content: a lazy restore reads none of it then, any other
+                finds out while it copies, and lets go of the region.
+            follow_symlinks: Whether `path` and `base` may be symbolic links.
+            progress: As for `plug`, for all of the reading and plugging; so are `cancel` and
+                `deadline`.
+            cancel: When it is set, the restore stops, and leaves nothing behind.
+            deadline: Seconds from now after which likewise.
+            **options: As for `Region`; `size` and `block_size` need not be given.
+
+        Raises:
+            SnapshotError: The file is no snapshot, was cut off, is corrupted or newer; it needs
+                another `base`; `size` or `block_size` is another one.
+            SnapshotIOError: It cannot be read.
+            UnsupportedError: Memory that is simulated, a template; `lazy=True` of a compressed or
+                incremental one.
+            As `Region` and `plug`.
+        """
+        control = _control(progress, cancel, deadline)
+        if lazy and backend is not None:
+            raise ValueError(f"lazy=True maps the snapshot itself: it does not go with backend={backend!r}")
+        bases = [base] if isinstance(base, (str, os.PathLike)) else list(base)
+        region = None
+        try:
+            with opened(os.fsdecode(path), map(os.fsdecode, bases), follow_symlinks=follow_symlinks) as chain:
+                shown = None
+                if lazy:
+                    backend, shown = chain.template(options.get("protection", "none"))
+                options = chain.check_options(options)
+                meter = chain.check(control, content=verify, again=not lazy)
+                region = cls(backend=backend, **options)
+                if shown is None:
+                    chain.fill(region._core, meter)
+                else:
+                    chain.adopt(region._core)
+                    region._backend = shown
+                meter.end()
+            return region  # in here, for until the caller has it an interrupt must close it
+        except BaseException:
+            if region is not None:
+                region._close(force=True, abandon=True)
+            raise
+
     # ---- lifetime ---------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -1027,8 +1186,13 @@ class Region:
         """
         self._close(force=False)
 
-    def _close(self, *, force: bool) -> None:
+    def _close(self, *, force: bool, abandon: bool = False) -> None:
+        """Closes it whatever lives and says no, with `force`; with `abandon`, as if it had never been."""
         if not self._closed:
+            if abandon and self._mapping.can_discard:
+                # What a file that was there before has got from us goes, too.
+                with contextlib.suppress(SparseMemError):
+                    self.unplug_all()
             self._flush_last(force)
             # Closed already: another thread was faster, or the parent process owns it.
             with contextlib.suppress(RegionClosedError):
@@ -1038,6 +1202,8 @@ class Region:
             self._catcher.close()
         if self._core.warm is not None:
             self._core.warm.close()
+        if abandon:
+            self._mapping.abandon()
         self._mapping.close()
 
     def _flush_last(self, force: bool) -> None:
@@ -1123,17 +1289,13 @@ def _deferrable(deferral: Deferral | None, mapping: Mapping) -> Deferral | None:
 def _reserve(backend: Backend, request: Request) -> Mapping:
     """The backend's mapping; whatever system call failed in it, the error is ours and says of what."""
     try:
-        mapping = backend.reserve(request)
+        return backend.reserve(request)
     except SparseMemError:
         raise
     except OSError as error:
         raise ReserveError(
             error.errno, f"cannot reserve {exact_size(request.size)} of {backend}: {error.strerror}"
         ) from error
-    if mapping.protection != request.protection:
-        mapping.abandon()
-        raise UnsupportedError(f"{backend} has no protection={request.protection!r}")
-    return mapping
 
 
 def _control(progress: Progress | None, cancel: threading.Event | None, deadline: float | None) -> Control:

@@ -8,6 +8,7 @@ region, raise, or take its time.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -74,6 +75,10 @@ class Catcher:
         self.stop()
         if self._pid == os.getpid() and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # an interrupted constructor has set nothing
+            self.stop()
 
     def stop(self) -> None:
         """Catches no more; what was caught is told nevertheless, but not waited for."""

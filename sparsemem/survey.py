@@ -19,7 +19,7 @@ from sparsemem._sys import calls, files, lib, numa, probe
 from sparsemem.backends import Anonymous, File, Memfd, Secret, Simulated, Tmpfs
 from sparsemem.backends.base import Backend
 from sparsemem.errors import Cause, SparseMemError, UnsupportedError
-from sparsemem.recipes import FUTEX, POPULATE_WRITE, RECIPES, Kind
+from sparsemem.recipes import FUTEX, POPULATE_WRITE, PROTECTIONS, RECIPES, Kind
 from sparsemem.region import Region
 from sparsemem.units import exact_size
 
@@ -256,6 +256,46 @@ def survey() -> list[Finding]:
     return found
 
 
+@frozen
+class Shield:
+    """What came of trying one kind of mapping with one protection of its unplugged blocks."""
+
+    name: str
+    protection: str
+    works: bool
+    why: str = ""
+
+
+def shields() -> list[Shield]:
+    """Tries every protection on every kind of mapping that can be had."""
+    found = []
+    with candidates() as known:
+        for candidate in known:
+            if attempt(candidate, "auto").works:
+                found += [_shield(candidate, name) for name in PROTECTIONS if name != "none"]
+    return found
+
+
+def _shield(candidate: Candidate, protection: str) -> Shield:
+    """One block through its life; before it and after it a system call must find nothing to write to."""
+    try:
+        backend = candidate.make()
+        block = max(64 << 10, backend.page_size)
+        with Region(16 * block, block_size=block, backend=backend, protection=protection) as region:
+            open_before = _writable(region, block)
+            problem = _try_block(region)
+            if not problem and (open_before or _writable(region, block)):
+                problem = "an unplugged block is accessible"
+            return Shield(candidate.name, protection, not problem, problem)
+    except (SparseMemError, OSError, ValueError) as error:
+        return Shield(candidate.name, protection, False, reason(error))
+
+
+def _writable(region: Region, offset: int) -> bool:
+    with region.view() as whole:
+        return probe.writable(whole[offset : offset + 1])
+
+
 def machine() -> dict[str, object]:
     """General facts; sizes in bytes, None where the machine has no such thing."""
     kernel, texts = calls.kernel, files.shared_files()
@@ -285,4 +325,7 @@ def machine() -> dict[str, object]:
         "collapse": probe.collapse(kernel),
         "collapse_private": probe.collapse_private(kernel),
         "cold": probe.cold(kernel) and probe.pageout(kernel),
+        "trap": probe.trap(kernel),
+        "catch": probe.catch(kernel),
+        "guard": probe.guard(kernel),
     }

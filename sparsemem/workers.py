@@ -15,6 +15,14 @@ from typing import Any
 SHARE = 64 << 20
 """Bytes that make another thread worth its while: 2 to 15 ms of work, where handing it over takes 0.1."""
 
+WORTH_A_FLUSH = 256 << 10
+"""Bytes a run from which on several threads discard faster than one.
+
+Each call ends by having all processors that run this process forget the addresses, and
+waiting for them: with a second thread there are some (measured in a virtual machine:
+4 KiB a run takes twice as long by two threads, 64 KiB as long, 1 MiB 0.9).
+"""
+
 MOST = 16
 """As QEMU: populating is bound by memory bandwidth and by locks in the kernel long before that."""
 

@@ -10,6 +10,8 @@ pytest_plugins = [
     "tests.support.injector",
     "tests.support.leaks",
     "tests.support.skips",
+    "tests.support.evidence",
+    "tests.support.interpreter",
 ]
 
 # No deadline: the first touch of a page in a virtual machine may take a hundred times as long as the next.

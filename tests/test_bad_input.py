@@ -163,6 +163,7 @@ def test_runs_that_are_none(operation: str, runs: Any, error: type[Exception], n
         assert list(region.plugged_runs()) == [(15, 1)]
 
 
+@pytest.mark.promise("unplug-says-what-happened")
 @pytest.mark.parametrize(
     ("call", "error", "names"),
     [
@@ -288,6 +289,7 @@ def test_a_memfd_sealed_against_growing_is_refused_if_it_is_too_small() -> None:
         os.close(fd)
 
 
+@pytest.mark.promise("private-to-its-user")
 def test_a_symbolic_link_is_only_followed_if_asked(tmp_path: Path) -> None:
     (tmp_path / "target").touch()
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -304,6 +306,7 @@ def test_a_template_that_is_too_small_is_refused_and_not_extended(tmp_path: Path
     assert path.stat().st_size == 5000
 
 
+@pytest.mark.promise("existing-data-is-safe")
 @pytest.mark.parametrize("where", ["memfd", "disk"])
 def test_a_file_that_holds_data_is_refused_adopted_or_discarded(where: str, tmp_path: Path) -> None:
     fd = (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,9 @@ from sparsemem.errors import UnsupportedError
 from tests.support import accounting
 
 ROOT = Path(__file__).parent.parent
-WAY_TAKEN = re.compile(r"strategy '\w+' does not work|the pool of huge pages|not on a disk|no warm pool|one processor")
+WAY_TAKEN = re.compile(
+    r"what auto takes|strategy '\w+' does not work|the pool of huge pages|not on a disk|no warm pool|one processor"
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_numpy_its_ways_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numpy", None)
     with lab.laboratory(TINY) as poor:
-        result = lab.run_case(catalogue.select(["bitmap-large"])[0], poor)
+        result = lab.run_case(catalogue.select(["bitmap-small"])[0], poor)
     assert result.skipped == {"numpy on Region.bitmap": "numpy is not installed"}
 
 
@@ -241,7 +244,8 @@ def test_the_report_says_how_to_repeat_it(tiny_runs: None, capsys: pytest.Captur
     assert cli.main(["bench", "--markdown", "latency-4k"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("# Results of one run\n")
-    assert "$ sparsemem bench --markdown latency-4k > benchmarks/RESULTS.md" in out
+    assert "$ sparsemem bench latency-4k --markdown > benchmarks/RESULTS.md" in out
+    assert "parts" not in out
     for heading in ("## The machine", "## The targets", "## latency-4k"):
         assert heading in out
     tables = [line for line in out.splitlines() if line.startswith("|")]
@@ -262,6 +266,8 @@ def test_the_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "nonsense"], 1, "no case 'nonsense'"),
         (["bench", "--json", "--markdown"], 2, "not allowed with"),
         (["bench", "--plot", "picture.doc"], 1, "must end in one of"),
+        (["bench", "--from", "nowhere.json"], 1, "nowhere.json"),
+        (["bench", "--quick", "--from", "part.json"], 1, "takes no case, --quick or --list"),
     ],
 )
 def test_wrong_usage_is_one_line(
@@ -279,6 +285,69 @@ def test_without_matplotlib_nothing_is_measured_in_vain(
     captured = capsys.readouterr()
     assert captured.err == "sparsemem: error: --plot needs matplotlib: pip install 'sparsemem[plot]'\n"
     assert not captured.out
+
+
+def measured(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["bench", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_parts_are_put_together(
+    tiny_runs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, case in (("1.json", "latency-4k"), ("2.json", "hyperalloc-4k")):
+        Path(name).write_text(measured(case, "--json", capsys=capsys))
+    first, second = (json.loads(Path(name).read_text()) for name in ("1.json", "2.json"))
+    both = json.loads(measured("--from", "2.json", "1.json", "--json", capsys=capsys))
+    assert both["cases"] == first["cases"] + second["cases"]
+    assert both["targets"] == first["targets"] + second["targets"]
+    assert (list(both["machine"]), both["scale"]) == (list(first["machine"]), first["scale"])
+    report = measured("--from", "1.json", "2.json", "--markdown", capsys=capsys)
+    assert "$ sparsemem bench --markdown > benchmarks/RESULTS.md" in report
+    assert "was measured in 2 parts" in report
+    assert "## latency-4k" in report
+    assert "## hyperalloc-4k" in report
+    assert "hyperalloc-4k: " in measured("--from", "1.json", "2.json", capsys=capsys)
+
+
+def test_parts_keep_all_that_was_said_of_the_machine(
+    tiny_runs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(measured("latency-4k", "--json", capsys=capsys))
+    one, other = tmp_path / "1", tmp_path / "2"
+    one.write_text(json.dumps(found))
+    found["machine"]["Memory"] = "more"
+    found["cases"][0]["name"] = "another"
+    found["targets"].clear()
+    other.write_text(json.dumps(found))
+    memory = json.loads(measured("--from", str(one), str(other), "--json", capsys=capsys))["machine"]["Memory"]
+    assert memory.endswith("; more")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda found: found["cases"][0].update(name="another"), "a full run and a tiny one are not parts of the same"),
+        (lambda found: found["scale"].update(name="tiny"), "case latency-4k is in more than one part"),
+        (lambda found: found.pop("scale"), "is not what sparsemem bench --json writes"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(
+    change: Callable[[Any], object],
+    says: str,
+    tiny_runs: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = json.loads(measured("latency-4k", "--json", capsys=capsys))
+    one, other = tmp_path / "1", tmp_path / "2"
+    one.write_text(json.dumps(found))
+    found["scale"]["name"] = "full"
+    change(found)
+    other.write_text(json.dumps(found))
+    assert cli.main(["bench", "--from", str(one), str(other)]) == 1
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.leaky  # matplotlib keeps its fonts

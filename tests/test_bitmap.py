@@ -95,7 +95,7 @@ def test_count_next_and_runs(pair: tuple[Bitmap, bitarray], data: Any) -> None:
         assert list(ours.runs(bool(value))) == runs_of(oracle, value)
 
 
-@given(bitmaps(), st.integers(1, 70), st.sampled_from([1, 2, 3, 8, 64]))
+@given(bitmaps(), st.integers(1, 70) | st.integers(65, 600), st.sampled_from([1, 2, 3, 8, 64]))
 def test_find_first_last_and_best(pair: tuple[Bitmap, bitarray], count: int, align: int) -> None:
     ours, oracle = pair
     starts = [start for start in range(0, ours.nbits - count + 1, align) if not oracle[start : start + count].any()]

@@ -22,6 +22,8 @@ from sparsemem.backends import Backend, Fault, Simulated
 from sparsemem.recipes import Step
 from tests.support.injector import Injector
 
+pytestmark = pytest.mark.promise("budget-is-exact")
+
 BLOCK = 64 << 10
 
 

@@ -166,17 +166,25 @@ def test_probe_says_what_works_and_why_not() -> None:
     for backend in found["backends"]:
         assert backend["works"] or backend["why"], f"{backend} does not say why"
         assert "\n" not in backend["why"]
+    protected = {(found["name"], found["protection"]): found for found in found["protections"]}
+    for name in ("anonymous private", "memfd shared", "tmpfs file private"):
+        assert protected[name, "trap"]["works"] is (machine["trap"] and machine["populate_write"])
+        assert protected[name, "guard"]["works"] is machine["guard"]
+        assert protected[name, "prot_none"]["works"]
+    assert "files on disks" in protected["disk file shared", "trap"]["why"]
+    assert all(one["works"] or one["why"] for one in found["protections"])
 
 
 def test_probe_prints_columns() -> None:
     done = run("probe")
     assert done.returncode == 0
-    facts, table = done.stdout.split("\n\n")
+    facts, *tables = done.stdout.split("\n\n")
     assert "Page size:" in facts
-    rows = table.splitlines()
-    columns = {rows[0].index(word) for word in ("BACKEND", "STRATEGY", "WORKS")}
-    for row in rows[1:]:
-        assert all(row[column] != " " and (column == 0 or row[column - 2 : column] == "  ") for column in columns)
+    for table, middle in zip(tables, ("STRATEGY", "PROTECTION"), strict=True):
+        rows = table.splitlines()
+        columns = {rows[0].index(word) for word in ("BACKEND", middle, "WORKS")}
+        for row in rows[1:]:
+            assert all(row[column] != " " and (column == 0 or row[column - 2 : column] == "  ") for column in columns)
 
 
 def test_probe_can_print_bytes() -> None:

@@ -19,6 +19,8 @@ from tests.support import accounting
 from tests.support.children import run_child
 from tests.support.kinds import private_bytes
 
+pytestmark = [pytest.mark.promise("plug-all-or-nothing"), pytest.mark.promise("plugged-memory-is-there")]
+
 MIB = 1 << 20
 HUGE = 2 * MIB
 

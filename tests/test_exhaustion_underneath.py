@@ -20,6 +20,8 @@ from tests.support.children import run_child
 from tests.support.kinds import private_bytes
 from tests.support.resources import need_root
 
+pytestmark = pytest.mark.promise("plug-all-or-nothing")
+
 BLOCK = 64 << 10
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

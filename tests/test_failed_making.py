@@ -28,6 +28,8 @@ from sparsemem.recipes import Step
 from tests.support import accounting
 from tests.support.injector import Injector
 
+pytestmark = pytest.mark.promise("make-or-leave-nothing")
+
 BLOCK = 64 << 10
 DATA = b"precious" * 512
 

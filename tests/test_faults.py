@@ -173,6 +173,7 @@ def check_others(region: Region) -> None:
             assert view == bytes([block + 1]) * len(view), f"block {block} lost its content"
 
 
+@pytest.mark.promise("plug-all-or-nothing")
 @pytest.mark.parametrize(("name", "strategy", "step", "code", "nth", "after"), populate_cases())
 def test_a_failed_plug_leaves_all_as_before(
     name: str,
@@ -209,6 +210,7 @@ def test_a_failed_plug_leaves_all_as_before(
         assert region.audit().ok
 
 
+@pytest.mark.promise("tainted-is-mended")
 @pytest.mark.parametrize("name", ["anonymous private", "memfd shared", "memfd private", "disk file owned"])
 @pytest.mark.parametrize("code", ["EIO", "ENOMEM", "EINVAL"])
 def test_a_failed_rollback_taints_and_says_so(
@@ -248,6 +250,8 @@ RECIPES_DISCARD = {
 }
 
 
+@pytest.mark.promise("tainted-is-mended")
+@pytest.mark.promise("unplug-says-what-happened")
 @pytest.mark.parametrize("name", RECIPES_DISCARD)
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("after", [0, 4096])
@@ -324,6 +328,7 @@ def test_eintr_only_makes_it_look_at_signals(step: Step, inject: Injector) -> No
         assert region.audit().ok
 
 
+@pytest.mark.promise("secret-only-grows")
 def test_a_secret_plug_that_fails_leaves_its_blocks_tainted_and_zeroed(
     inject: Injector, request: pytest.FixtureRequest
 ) -> None:
@@ -368,6 +373,7 @@ def reserve_cases() -> list[object]:
     ]
 
 
+@pytest.mark.promise("make-or-leave-nothing")
 @pytest.mark.parametrize(("name", "call", "code"), reserve_cases())
 def test_a_reservation_that_fails_leaves_nothing_behind(
     name: str, call: str, code: str, tmp_path: Path, inject: Injector
@@ -389,6 +395,7 @@ def test_a_reservation_that_fails_leaves_nothing_behind(
         os.close(backend.fd)
 
 
+@pytest.mark.promise("make-or-leave-nothing")
 @pytest.mark.parametrize(
     ("advice", "backend"),
     [
@@ -450,6 +457,7 @@ def test_every_strategy_can_be_chosen_by_name() -> None:
             assert region.stats().strategy == strategy
 
 
+@pytest.mark.promise("existing-data-is-safe")
 @pytest.mark.parametrize("call", ["fstat", "filesystem", "open_flags", "lseek"])
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("code", ["EIO", "EBADF", "EOVERFLOW"])
@@ -482,6 +490,7 @@ def test_headroom_does_without_a_statvfs_that_fails(code: str, tmp_path: Path, i
         assert region.plug(0, 4) == 4
 
 
+@pytest.mark.promise("audit-tells-the-truth")
 @pytest.mark.parametrize("code", ["EIO", "EBADF", "ESPIPE"])
 def test_an_audit_that_cannot_look_says_so_and_changes_nothing(code: str, inject: Injector) -> None:
     with Region("16M", block_size="64K", backend=Memfd()) as region:

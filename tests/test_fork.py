@@ -18,6 +18,8 @@ from tests.support.children import run_child
 from tests.support.kinds import Made, every_viewable, every_viewable_or_protected, private_bytes
 from tests.test_listeners import Listener
 
+pytestmark = pytest.mark.promise("fork-safe")
+
 BLOCK = 64 << 10
 
 

@@ -21,6 +21,8 @@ from sparsemem.headroom import Gauge, read
 from tests.support import accounting
 from tests.support.children import run_child
 
+pytestmark = pytest.mark.promise("headroom-refuses-first")
+
 MIB = 1 << 20
 
 

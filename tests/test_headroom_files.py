@@ -12,6 +12,8 @@ from sparsemem._sys.files import KernelFiles, group_limits, huge_group_limits, h
 from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.recipes import Kind
 
+pytestmark = pytest.mark.promise("headroom-refuses-first")
+
 MIB = 1 << 20
 PAGE = 4096
 UNLIMITED = 9223372036854771712  # how version 1 writes "no limit"

@@ -31,6 +31,7 @@ def test_memory_is_left_out_of_core_dumps_unless_asked(backend: Backend) -> None
         assert not any("dd" in flags for flags in accounting.smaps(region.address, region.size).flags)
 
 
+@pytest.mark.promise("reserve-costs-nothing")
 def test_one_mapping_however_much_is_plugged() -> None:
     with Region("1T", block_size="64K") as region:
         region.plug_runs([(i * 2, 1) for i in range(200)])
@@ -44,6 +45,7 @@ def test_anonymous_memory_has_a_name_where_the_kernel_can() -> None:
         assert accounting.vmas(region.address, region.size)[0].name == "[anon:my guest]"
 
 
+@pytest.mark.promise("private-to-its-user")
 def test_a_memfd_has_the_regions_name_and_is_sealed_and_closed_on_exec() -> None:
     with Region("1G", backend=Memfd(), name="my guest") as region:
         assert "/memfd:my guest" in accounting.vmas(region.address, region.size)[0].name
@@ -54,6 +56,7 @@ def test_a_memfd_has_the_regions_name_and_is_sealed_and_closed_on_exec() -> None
         os.ftruncate(region.fileno(), 1 << 30)
 
 
+@pytest.mark.promise("private-to-its-user")
 def test_a_file_is_private_to_its_user_and_stays_unless_told(tmp_path: Path) -> None:
     with Region("1G", backend=File(tmp_path / "stays")) as region:
         assert fcntl.fcntl(region.fileno(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
@@ -62,6 +65,7 @@ def test_a_file_is_private_to_its_user_and_stays_unless_told(tmp_path: Path) -> 
     assert not (tmp_path / "goes").exists()
 
 
+@pytest.mark.promise("no-leaks")
 def test_many_regions_leave_no_descriptor_and_no_mapping() -> None:
     Region("1G").close()
     before = len(accounting.open_descriptors()), accounting.vma_count()
@@ -131,6 +135,8 @@ def test_errors_survive_copying_and_pickling(error: BaseException, through: obje
         ("ViewsAliveError", BufferError),
         ("ListenerVetoError", RuntimeError),
         ("SnapshotError", ValueError),
+        ("SnapshotIOError", OSError),
+        ("SnapshotIOError", errors.SnapshotError),
         ("DeadlineError", TimeoutError),
         ("UnsupportedError", NotImplementedError),
     ],
@@ -156,7 +162,7 @@ def test_importing_is_light(module: str) -> None:
     # What the two dependencies load by themselves is theirs (attrs loads subprocess on Python 3.10).
     theirs = set(_python("import sys, attrs, _cffi_backend; print(*sys.modules)").stdout.split())
     ours = set(done.stdout.split()) - theirs
-    assert not {"numpy", "rich", "matplotlib", "subprocess", "bitarray", "asyncio"} & ours
+    assert not {"numpy", "rich", "matplotlib", "subprocess", "bitarray", "asyncio", "zstandard"} & ours
 
 
 def test_importing_on_another_system_says_so() -> None:
@@ -177,6 +183,7 @@ LAYERS = [
     {"virtio"},
     {"survey"},
     {"region"},
+    {"snapshot"},
     {"advice"},
     {"operations", "fork"},
     {"quick", "warm"},

@@ -22,6 +22,8 @@ from sparsemem import Anonymous, Memfd, Region, Simulated, SparseMemError
 from sparsemem.backends import Backend, Fault
 from sparsemem.backends.simulated import SimulatedMapping
 
+pytestmark = pytest.mark.promise("interrupt-safe")
+
 MODULES = ("region", "advice", "operations", "listeners", "blocks", "engine")
 FILES = {sys.modules[f"sparsemem.{name}"].__file__ for name in MODULES}
 assert sparsemem

@@ -10,6 +10,8 @@ import pytest
 from sparsemem import BlockStateError, DiscardError, ListenerVetoError, Region, Simulated
 from sparsemem.backends import Fault
 
+pytestmark = pytest.mark.promise("listeners-equal-bitmap")
+
 
 class Listener:
     """Keeps the blocks that it knows, and a journal; vetoes what it is told to."""

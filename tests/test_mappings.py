@@ -51,6 +51,7 @@ def holds(region: Region, block: int, byte: int) -> bool:
         return view == bytes([byte]) * len(view)
 
 
+@pytest.mark.promise("reserve-costs-nothing")
 @every_kind
 def test_reserving_costs_nothing(made: Made) -> None:
     with made.region() as region:
@@ -59,6 +60,8 @@ def test_reserving_costs_nothing(made: Made) -> None:
         assert region.plugged_size == 0
 
 
+@pytest.mark.promise("plugged-memory-is-there")
+@pytest.mark.promise("audit-tells-the-truth")
 @every_kind
 def test_a_plug_takes_exactly_the_plugged_bytes(made: Made) -> None:
     with made.region() as region:
@@ -68,6 +71,7 @@ def test_a_plug_takes_exactly_the_plugged_bytes(made: Made) -> None:
         assert region.audit().ok
 
 
+@pytest.mark.promise("unplug-gives-back")
 @every_discarding
 def test_an_unplug_gives_exactly_those_bytes_back(made: Made) -> None:
     with made.region() as region:
@@ -81,6 +85,7 @@ def test_an_unplug_gives_exactly_those_bytes_back(made: Made) -> None:
         assert made.used(region) <= made.kind.slack
 
 
+@pytest.mark.promise("unplug-gives-back")
 @every_viewable_or_protected
 def test_neighbours_keep_their_content(made: Made) -> None:
     with made.region() as region:
@@ -93,6 +98,7 @@ def test_neighbours_keep_their_content(made: Made) -> None:
         assert holds(region, 2, 3)
 
 
+@pytest.mark.promise("plugged-reads-zero")
 @pytest.mark.parametrize("strategy", ["auto", "futex"])
 @every_viewable
 def test_a_block_plugged_again_is_fresh_even_after_a_stray_write(made: Made, strategy: str) -> None:
@@ -109,6 +115,7 @@ def test_a_block_plugged_again_is_fresh_even_after_a_stray_write(made: Made, str
             assert bytes(view) == made.kind.fresh(block)
 
 
+@pytest.mark.promise("plugged-memory-is-there")
 @pytest.mark.parametrize("made", params(protected=True), indirect=True)
 def test_after_a_plug_every_byte_can_be_written_and_read(made: Made) -> None:
     if not made.kind.has_memory:
@@ -126,6 +133,7 @@ def test_after_a_plug_every_byte_can_be_written_and_read(made: Made) -> None:
     assert run_child(touch_all).result()
 
 
+@pytest.mark.promise("plug-all-or-nothing")
 @every_viewable
 def test_a_protected_range_is_refused_and_rolled_back(made: Made) -> None:
     with made.region() as region:
@@ -290,6 +298,7 @@ def test_memory_allocated_in_the_file_but_untouched_is_unaccounted(private: bool
         assert not audit.ok
 
 
+@pytest.mark.promise("audit-tells-the-truth")
 @pytest.mark.filterwarnings("ignore::sparsemem.HugePageSplitWarning")
 @every_discarding
 def test_pages_discarded_inside_a_block_are_no_gap(made: Made) -> None:

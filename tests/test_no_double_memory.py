@@ -16,6 +16,7 @@ from tests.support.kinds import private_bytes
 MIB = 1 << 20
 
 
+@pytest.mark.promise("single-memory")
 @pytest.mark.parametrize("strategy", ["populate_write", "futex"])
 @pytest.mark.parametrize("where", ["memfd", "tmpfs", "disk"])
 def test_a_private_file_is_populated_once(where: str, strategy: str, tmp_path: Path, tmpfs_folder: Path) -> None:
@@ -38,6 +39,7 @@ def test_a_private_file_is_populated_once(where: str, strategy: str, tmp_path: P
         assert private_bytes(region) + accounting.allocated_bytes(region.fileno()) == 8 * MIB
 
 
+@pytest.mark.promise("existing-data-is-safe")
 @pytest.mark.parametrize("strategy", ["populate_write", "futex"])
 @pytest.mark.parametrize("by", ["path", "fd", "memfd"])
 def test_a_template_is_never_punched_written_or_extended(by: str, strategy: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from sparsemem import Anonymous, BlockState, BlockStateError, Memfd, Region, Simulated, ViewsAliveError
 from sparsemem.backends import Backend
+from tests.support.kinds import need_protection
 
 BLOCK = 16 << 10
 BLOCKS = 48
@@ -105,10 +108,11 @@ class Model(RuleBasedStateMachine):
     """Drives a region and a dict of what each block holds, and compares after every step."""
 
     backend: Backend = Memfd()
+    protection = "none"
 
     @initialize()
     def make(self) -> None:
-        self.region = Region(BLOCKS * BLOCK, block_size=BLOCK, backend=self.backend)
+        self.region = Region(BLOCKS * BLOCK, block_size=BLOCK, backend=self.backend, protection=self.protection)
         self.model: dict[int, int] = {}
         self.views: list[tuple[memoryview, range]] = []
         self.counter = 0
@@ -169,6 +173,7 @@ class Model(RuleBasedStateMachine):
             assert expected % align == 0
             self._write(range(expected, expected + count))
 
+    @precondition(lambda self: self.protection == "none")
     @rule(run=runs)
     def stray_write(self, run: tuple[int, int]) -> None:
         """Into an unplugged block; the audit sees it, and a plug does not."""
@@ -178,6 +183,20 @@ class Model(RuleBasedStateMachine):
             assert any(first <= run[0] < first + count for first, count in self.region.audit().leaks)
             self.region.plug(run[0])
             self._write([run[0]])
+
+    @precondition(lambda self: self.protection != "none")
+    @rule(block=st.integers(0, BLOCKS - 1), page=st.integers(0, BLOCK // 4096 - 1))
+    def access(self, block: int, page: int) -> None:
+        """In a system call, which is an error if the block is unplugged."""
+        at = block * BLOCK + page * 4096
+        with self.region.view() as whole, tempfile.TemporaryFile(buffering=0) as file:
+            try:
+                file.write(whole[at : at + 1])
+            except OSError as error:
+                assert error.errno == errno.EFAULT
+                assert block not in self.model
+            else:
+                assert block in self.model
 
     @precondition(lambda self: self.model and len(self.views) < 4)
     @rule(data=st.data())
@@ -217,8 +236,12 @@ class PrivateModel(Model):
     backend = Memfd(shared=False)
 
 
+@pytest.mark.parametrize("protection", ["none", "trap", "guard", "prot_none"])
+@pytest.mark.promise("any-order-of-operations")
 @pytest.mark.parametrize("model", [Model, AnonymousModel, PrivateModel])
-def test_a_region_is_its_model(model: type[Model]) -> None:
+def test_a_region_is_its_model(model: type[Model], protection: str) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
+    need_protection(protection)
+    model = type(f"{model.__name__}-{protection}", (model,), {"protection": protection})
     run_state_machine_as_test(model, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))

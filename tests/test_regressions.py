@@ -37,6 +37,7 @@ from tests.test_interrupts import Refusing
 BLOCK = 64 << 10
 
 
+@pytest.mark.promise("no-deadlock", found="a view that died in another fork hook took a mutex held across fork")
 def test_a_view_that_dies_in_another_fork_hook_does_not_deadlock() -> None:
     """Our mutexes were held across hooks registered before ours (they run after it), and a dying view takes one."""
     code = """
@@ -59,6 +60,7 @@ print("done")
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.promise("no-deadlock", found="threads that forked at once waited for each other")
 def test_threads_that_fork_at_once_do_not_deadlock() -> None:
     def child() -> int:
         def fork_often() -> None:
@@ -81,6 +83,7 @@ def test_threads_that_fork_at_once_do_not_deadlock() -> None:
     assert run_child(child, timeout=50).result() == 180
 
 
+@pytest.mark.promise("interrupt-safe", found="a signal handler that plugged could wait for its own thread")
 def test_a_signal_handler_may_plug_at_any_moment() -> None:
     """It could run into a lock that the interrupted operation of the same thread held; in about one run of four."""
 
@@ -110,6 +113,7 @@ def test_a_signal_handler_may_plug_at_any_moment() -> None:
     assert run_child(child, timeout=50).result()
 
 
+@pytest.mark.promise("budget-is-exact", found="a region dropped, or never made, kept its share of the budget")
 def test_a_region_that_is_dropped_or_cannot_be_made_gives_its_budget_back(inject: Injector) -> None:
     from sparsemem.recipes import Step
 
@@ -135,6 +139,7 @@ def test_a_region_that_is_dropped_or_cannot_be_made_gives_its_budget_back(inject
         Region("16M", block_size="1M", budget=budget, plugged=[(0, 9)])
 
 
+@pytest.mark.promise("listeners-equal-bitmap", found="listeners that compare equal were taken for one")
 def test_listeners_that_compare_equal_are_still_two() -> None:
     class Equal:
         def __init__(self) -> None:
@@ -168,6 +173,7 @@ def test_what_is_no_listener_is_refused_before_it_is_needed() -> None:
         region.add_listener(Half())  # type: ignore[arg-type]
 
 
+@pytest.mark.promise("views-never-dangle", found="a view that died beside its region used a map that was freed")
 def test_a_view_may_die_in_one_thread_while_its_region_dies_in_another() -> None:
     """A use after free, which AddressSanitizer saw in 2 of 4 runs and a plain build never: this only drives it."""
 
@@ -190,6 +196,7 @@ def test_a_view_may_die_in_one_thread_while_its_region_dies_in_another() -> None
     assert run_child(child, timeout=60).result()
 
 
+@pytest.mark.promise("make-or-leave-nothing", found="a region that could not be made had punched or extended a file")
 @pytest.mark.parametrize("wrong", [{"thp": True}, {"strategy": "magic"}], ids=str)
 @pytest.mark.parametrize("existing", ["discard", "error", "adopt"])
 def test_a_region_that_cannot_be_made_leaves_an_existing_file_as_it_was(
@@ -218,6 +225,7 @@ def test_delete_removes_the_file_that_was_made_whatever_the_working_folder(
     assert not (tmp_path / "one" / "f").exists()
 
 
+@pytest.mark.promise("existing-data-is-safe", found="delete=True removed what somebody had put in its place")
 def test_delete_leaves_what_somebody_has_put_in_its_place(tmp_path: Path) -> None:
     region = Region("2M", backend=File(tmp_path / "f", delete=True))
     (tmp_path / "new").write_text("somebody's")
@@ -269,6 +277,7 @@ def test_adopt_and_plugged_may_name_the_same_blocks() -> None:
         os.close(fd)
 
 
+@pytest.mark.promise("audit-tells-the-truth", found="a discard inside blocks that failed half way looked like a gap")
 def test_a_discard_that_fails_half_way_leaves_no_gap(inject: Injector) -> None:
     from sparsemem.recipes import Step
 
@@ -340,6 +349,7 @@ def test_an_audit_that_close_outruns_says_that_it_is_closed(inject: Injector) ->
         region.audit()
 
 
+@pytest.mark.promise("close-does-not-mask", found="a close that failed hid the error of the body")
 def test_a_close_that_fails_does_not_hide_the_bodys_error(tmp_path: Path, inject: Injector) -> None:
     inject.call("unlink", errno=errno.EACCES)
     with (
@@ -371,6 +381,7 @@ def test_figures_count_what_was_really_unplugged() -> None:
         assert region.stats().unplugged_bytes == 2 * BLOCK, "block 12 had never been plugged"
 
 
+@pytest.mark.promise("unplug-says-what-happened", found="the error of a discard inside blocks did not say which bytes")
 @pytest.mark.filterwarnings("ignore::sparsemem.HugePageSplitWarning")
 def test_a_failed_discard_inside_blocks_says_which_bytes(inject: Injector) -> None:
     with Region("64M", block_size="32M", backend=Memfd()) as region:
@@ -428,6 +439,7 @@ def sparse(path: Path) -> Path:
     return path
 
 
+@pytest.mark.promise("plugged-memory-is-there", found="an adopted block with holes counted as plugged")
 @pytest.mark.parametrize("where", ["tmpfs", "disk"])
 def test_an_adopted_block_has_all_of_its_memory(where: str, tmp_path: Path, tmpfs_mount: Callable[..., Path]) -> None:
     """What it lacked was found out by a SIGBUS later on."""
@@ -472,6 +484,7 @@ def test_huge_pages_that_are_there_can_be_adopted_with_an_empty_pool(huge_pool: 
             assert theirs.audit().ok
 
 
+@pytest.mark.promise("no-leaks", found="an error that was kept held the descriptor of a region never made")
 @pytest.mark.parametrize("make", [lambda: Memfd(thp=True), lambda: Anonymous(thp=True)], ids=["memfd", "anonymous"])
 def test_an_error_that_lives_on_holds_no_descriptor(make: Callable[[], Backend]) -> None:
     with Region("4M", backend=make()):  # so that the kernel's files which regions share are open
@@ -482,6 +495,7 @@ def test_an_error_that_lives_on_holds_no_descriptor(make: Callable[[], Backend])
     assert caught.value.__traceback__ is not None
 
 
+@pytest.mark.promise("no-deadlock", found="a child waited for a lock that another thread of the parent had held")
 def test_a_child_does_not_wait_for_a_lock_that_nobody_holds_there() -> None:
     with Region("1M", block_size=BLOCK, backend=Simulated(), fork="inherit") as region:
         lock = region._core.mapping._lock  # type: ignore[attr-defined]
@@ -500,3 +514,49 @@ def test_a_child_does_not_wait_for_a_lock_that_nobody_holds_there() -> None:
         finally:
             done.set()
             thread.join()
+
+
+@pytest.mark.promise(
+    "peers-keep-their-blocks",
+    found="an unplug of two blocks of a shared file wiped what a peer had plugged in between (a bridged gap)",
+)
+@pytest.mark.parametrize("how", ["adopted", "handed on", "path", "child"])
+def test_an_unplug_leaves_alone_what_a_peer_has_between_its_blocks(how: str, tmpfs_folder: Path) -> None:
+    def plug_between(peer: Region) -> None:
+        peer.plug(10)
+        with peer.view(10) as view:
+            view[:5] = b"hello"
+
+    def content(region: Region) -> bytes:
+        with region.view() as whole:
+            return bytes(whole[10 * BLOCK : 10 * BLOCK + 5])
+
+    if how == "child":
+        with Region("16M", block_size=BLOCK, backend=Memfd(), fork="inherit") as region:
+            region.plug_runs([(0, 1), (20, 1)])
+            run_child(plug_between, region).result()
+            region.unplug_runs([(0, 1), (20, 1)])
+            assert content(region) == b"hello"
+        return
+    backend: Backend = File(tmpfs_folder / "file") if how == "path" else Memfd()
+    with Region("16M", block_size=BLOCK, backend=backend) as one:
+        peer: Backend = File(tmpfs_folder / "file") if how == "path" else Memfd(fd=one.fileno())
+        with Region("16M", block_size=BLOCK, backend=peer) as other:
+            mine, theirs = (other, one) if how == "adopted" else (one, other)
+            mine.plug_runs([(0, 1), (20, 1)])
+            plug_between(theirs)
+            mine.unplug_runs([(0, 1), (20, 1)])
+            assert content(theirs) == b"hello"
+            mine.plug_runs([(0, 1), (20, 1)])
+            mine.resize(0)
+            assert content(theirs) == b"hello"
+            assert theirs.audit().ok
+
+
+def test_a_memfd_that_nobody_else_has_is_still_discarded_in_one_go() -> None:
+    with Region("16M", block_size=BLOCK, backend=Memfd()) as region:
+        region.plug_runs([(block, 1) for block in range(0, 40, 2)])
+        assert region.audit().ok
+        before = region.stats().system_calls
+        region.unplug_all()
+        assert region.stats().system_calls - before == 1

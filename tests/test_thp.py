@@ -15,7 +15,10 @@ from tests.support.resources import THP_ENABLED
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
-pytestmark = pytest.mark.skipif(not HUGE.exists(), reason="needs a kernel with transparent huge pages")
+pytestmark = [
+    pytest.mark.skipif(not HUGE.exists(), reason="needs a kernel with transparent huge pages"),
+    pytest.mark.promise("huge-pages-stay-exact"),
+]
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ def test_an_unplug_waits_for_the_plug_of_the_same_blocks() -> None:
         assert region.audit().ok
 
 
+@pytest.mark.promise("threads-lose-nothing")
 def test_two_who_look_for_room_never_get_the_same() -> None:
     found: list[int | None] = []
     with Region("4M", block_size=BLOCK, backend=Simulated()) as region:
@@ -99,6 +100,7 @@ def test_two_who_look_for_room_never_get_the_same() -> None:
         assert region.plug_fit(1) is None
 
 
+@pytest.mark.promise("threads-lose-nothing")
 def test_concurrent_resizes_each_do_their_share_or_look_again() -> None:
     """Blocks that one has taken while another still looked are no error, and what each says it did adds up."""
     for _ in range(20):
@@ -112,6 +114,7 @@ def test_concurrent_resizes_each_do_their_share_or_look_again() -> None:
             assert region.plugged_blocks == 12
 
 
+@pytest.mark.promise("threads-lose-nothing")
 @pytest.mark.parametrize("backend", [Anonymous(), Memfd(), Memfd(shared=False)], ids=str)
 def test_eight_threads_lose_no_block(backend: Backend) -> None:
     """Each thread owns some blocks, whose content it checks, and all meddle with the common rest."""
@@ -155,6 +158,7 @@ def test_eight_threads_lose_no_block(backend: Backend) -> None:
         assert region.audit().ok
 
 
+@pytest.mark.promise("no-deadlock")
 def test_finalisers_of_views_never_deadlock_in_garbage_collection() -> None:
     """They run in whichever thread collects, in the middle of an operation, too."""
     stop = threading.Event()
@@ -175,7 +179,7 @@ def test_finalisers_of_views_never_deadlock_in_garbage_collection() -> None:
         threshold = gc.get_threshold()
         gc.set_threshold(20)
         try:
-            for _ in range(50):
+            for _ in range(20):
                 region.plug(8, 2)
                 region.unplug(8, 2)
         finally:
@@ -188,6 +192,7 @@ def test_finalisers_of_views_never_deadlock_in_garbage_collection() -> None:
         assert region.stats().views == 0
 
 
+@pytest.mark.promise("no-deadlock")
 def test_listeners_of_two_threads_that_want_each_others_blocks_get_an_error_and_not_a_deadlock() -> None:
     """One of them gives way: its callback's error vetoes its plug, and the other one goes on."""
 

@@ -60,6 +60,7 @@ def test_huge_pages_come_by_themselves_whatever_the_machines_setting(shmem_thp_m
         assert accounting.allocated_bytes(region.fileno()) == 64 << 10
 
 
+@pytest.mark.promise("plugged-reads-zero")
 @pytest.mark.parametrize("strategy", ["auto", "collapse", "populate_write", "uffd_zeropage", "futex"])
 @pytest.mark.parametrize("huge", ["always", "within_size", "never"])
 def test_a_block_that_others_had_reads_zero(huge: str, strategy: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,33 @@ def test_populating_again_keeps_what_is_there(backend: Backend, strategy: str) -
         with region.view(0, 4) as view:
             assert view == b"x" * BLOCK + bytes(8192) + b"x" * (3 * BLOCK - 8192)
         assert region.audit().resident_size == 4 * BLOCK
+
+
+@pytest.mark.parametrize(("backend", "strategy"), FILLED)
+def test_what_is_there_already_is_not_kept(backend: Backend, strategy: str) -> None:
+    """A stray write, and a stray read, which maps a page of zeroes: filling is refused, and all is done anew."""
+    with Region("1M", block_size=BLOCK, backend=backend) as region:
+        everything = region.view()
+        everything[2 * BLOCK + 5000] = 1
+        assert everything[4 * BLOCK] == 0
+        assert region.plug(1, 3) == 3  # in one call of C
+        assert region.plug_runs([(4, 2), (7, 1)]) == 3
+        with region.view(1, 5) as view:
+            assert view == bytes(5 * BLOCK)
+        report = region.audit()
+        assert report.ok
+        assert report.resident_size == 6 * BLOCK
+        del everything, view
+
+
+def test_what_somebody_wrote_into_the_file_beneath_does_not_stay_there() -> None:
+    """UFFDIO_COPY would not look at it: nobody has mapped that page."""
+    with Region("1M", block_size=BLOCK, backend=Memfd(shared=False)) as region:
+        assert os.pwrite(region.fileno(), b"stray", 3 * BLOCK) == 5
+        region.plug(3)
+        assert os.fstat(region.fileno()).st_blocks == 0
+        with region.view(3) as view:
+            assert view == bytes(BLOCK)
 
 
 def test_huge_pages_are_not() -> None:

@@ -14,6 +14,8 @@ from sparsemem import Memfd, Region, RegionClosedError, Simulated, UnsupportedEr
 from tests.support import accounting
 from tests.support.children import run_child
 
+pytestmark = pytest.mark.promise("views-never-dangle")
+
 BLOCK = 64 << 10
 
 
@@ -114,6 +116,7 @@ def test_a_view_in_a_reference_cycle_may_be_used_until_it_is_really_gone() -> No
     assert seen == [(1, 0)] * 20
 
 
+@pytest.mark.promise("close-does-not-mask")
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs Python 3.11: notes on exceptions")
 def test_an_error_in_a_with_body_is_not_masked_by_a_view_that_lives() -> None:
     with pytest.raises(ZeroDivisionError) as caught, Region("1M", block_size=BLOCK) as region:
@@ -132,6 +135,7 @@ def test_an_error_in_a_with_body_is_not_masked_by_a_view_that_lives() -> None:
     assert not mapped(address)
 
 
+@pytest.mark.promise("close-does-not-mask")
 def test_a_clean_exit_with_a_living_view_is_an_error() -> None:
     region = Region("1M", block_size=BLOCK)
     with pytest.raises(ViewsAliveError), region:

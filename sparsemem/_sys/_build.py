@@ -9,7 +9,18 @@ from pathlib import Path
 from cffi import FFI
 
 SHIM = Path(__file__).parent / "shim"
-SOURCES = ("bits.c", "blocks.c", "engine.c", "steps.c", "quick.c", "uffd.c", "stray.c", "shared.c", "calls.c")
+SOURCES = (
+    "bits.c",
+    "blocks.c",
+    "engine.c",
+    "steps.c",
+    "quick.c",
+    "uffd.c",
+    "stray.c",
+    "shared.c",
+    "snapshot.c",
+    "calls.c",
+)
 
 # name -> fallback where an older header lacks it (None: every header has it)
 CONSTANTS: dict[str, str | None] = {

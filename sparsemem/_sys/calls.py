@@ -20,7 +20,9 @@ from sparsemem._sys._shim import ffi, lib
 class Calls(Protocol):
     """What a region needs from an operating system."""
 
-    def reserve(self, length: int, align: int, flags: int, fd: int, *, writable: bool, locked: bool) -> int: ...
+    def reserve(
+        self, length: int, align: int, flags: int, fd: int, *, writable: bool, locked: bool, offset: int = 0
+    ) -> int: ...
     def reserve_placeholder(self, address: int, length: int) -> None: ...
     def unmap(self, address: int, length: int) -> None: ...
     def madvise(self, address: int, length: int, advice: int) -> None: ...
@@ -45,6 +47,13 @@ class Calls(Protocol):
     def statvfs(self, fd: int) -> os.statvfs_result: ...
     def lseek(self, fd: int, offset: int, whence: int) -> int: ...
     def pread(self, fd: int, length: int, offset: int) -> bytes: ...
+    def pwrite(self, fd: int, data: Any, offset: int) -> int: ...
+    def fsync(self, fd: int) -> None: ...
+    def open_in(self, folder: int, name: str, flags: int, mode: int) -> int: ...
+    def stat_in(self, folder: int, name: str) -> os.stat_result: ...
+    def link_in(self, fd: int, folder: int, name: str) -> None: ...
+    def rename_in(self, folder: int, old: str, new: str) -> None: ...
+    def unlink_in(self, folder: int, name: str) -> None: ...
     def open_flags(self, fd: int) -> int: ...
     def seals(self, fd: int) -> int: ...
     def add_seals(self, fd: int, seals: int) -> None: ...
@@ -52,6 +61,8 @@ class Calls(Protocol):
     def register(self, uffd: Any, address: int, length: int) -> int: ...
     def can_vector(self) -> bool: ...
     def advance(self, job: Any, budget_ns: int) -> int: ...
+    def save(self, job: Any, budget_ns: int) -> int: ...
+    def load(self, job: Any, budget_ns: int) -> int: ...
 
 
 def check(returned: int) -> int:
@@ -64,10 +75,12 @@ def check(returned: int) -> int:
 class Kernel:
     """The Linux kernel, through the shim where Python has no call or would hold the GIL."""
 
-    def reserve(self, length: int, align: int, flags: int, fd: int, *, writable: bool, locked: bool) -> int:
+    def reserve(
+        self, length: int, align: int, flags: int, fd: int, *, writable: bool, locked: bool, offset: int = 0
+    ) -> int:
         """Maps `length` bytes at a multiple of `align`, unlocked and unpopulated even under mlockall()."""
         address = ffi.new("uint64_t *")
-        check(lib.sm_reserve(length, align, flags, fd, writable, locked, address))
+        check(lib.sm_reserve(length, align, flags, fd, offset, writable, locked, address))
         return int(address[0])
 
     def reserve_placeholder(self, address: int, length: int) -> None:
@@ -153,6 +166,29 @@ class Kernel:
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         return os.pread(fd, length, offset)
 
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def open_in(self, folder: int, name: str, flags: int, mode: int) -> int:
+        return os.open(name, flags, mode, dir_fd=folder)
+
+    def stat_in(self, folder: int, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+
+    def link_in(self, fd: int, folder: int, name: str) -> None:
+        """Gives a name to a file that has none (O_TMPFILE), as open(2) says how without a privilege."""
+        # With a folder Python calls linkat(AT_SYMLINK_FOLLOW), without one link(), which would not follow.
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder, follow_symlinks=True)
+
+    def rename_in(self, folder: int, old: str, new: str) -> None:
+        os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+
+    def unlink_in(self, folder: int, name: str) -> None:
+        os.unlink(name, dir_fd=folder)
+
     def open_flags(self, fd: int) -> int:
         return fcntl.fcntl(fd, fcntl.F_GETFL)
 
@@ -180,6 +216,14 @@ class Kernel:
         Not an OSError, since the job's cursor is as much the result as the errno.
         """
         return int(lib.sm_advance(job, budget_ns))
+
+    def save(self, job: Any, budget_ns: int) -> int:
+        """Saves chunks (`sm_save`) for about `budget_ns`; lib.SM_OK, lib.SM_MORE or -errno."""
+        return int(lib.sm_save_advance(job, budget_ns))
+
+    def load(self, job: Any, budget_ns: int) -> int:
+        """Loads chunks (`sm_load`) for about `budget_ns`; lib.SM_OK, lib.SM_MORE or -errno."""
+        return int(lib.sm_load_advance(job, budget_ns))
 
 
 kernel: Calls = Kernel()

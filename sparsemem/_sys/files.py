@@ -22,6 +22,7 @@ PAGE_SIZE = os.sysconf("SC_PAGESIZE")
 MEMINFO = "/proc/meminfo"
 OVERCOMMIT = "/proc/sys/vm/overcommit_memory"
 THP = "/sys/kernel/mm/transparent_hugepage"
+MAX_MAPPINGS = "/proc/sys/vm/max_map_count"
 HUGE_POOLS = "/sys/kernel/mm/hugepages"
 
 
@@ -56,6 +57,20 @@ class KernelFiles:
                 return file.read()
         except OSError:
             return ""
+
+    def lines(self, path: str) -> int:
+        """How many lines a file has that may be long; 0 if there is none.
+
+        By small pieces: memory for all of it would be a mapping, and there may be none to be had.
+        """
+        try:
+            fd = os.open(self._root + path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return 0
+        try:
+            return sum(piece.count(b"\n") for piece in iter(lambda: os.read(fd, 1 << 14), b""))
+        finally:
+            os.close(fd)
 
     def number(self, path: str) -> int | None:
         """The content as an integer; None if there is none or it says `max`."""
@@ -99,6 +114,12 @@ class KernelFiles:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # an interrupted constructor has opened nothing
             self.close()
+
+
+def mappings_used_up(files: KernelFiles) -> bool:
+    """Whether this process can hardly have another mapping: cutting one in three takes two more."""
+    most = files.number(MAX_MAPPINGS)
+    return most is not None and files.lines("/proc/self/maps") > most - 2
 
 
 _shared: weakref.ref[KernelFiles] | None = None

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from sparsemem._sys import ffi, lib, uffd
 from sparsemem._sys.calls import Calls, check
 from sparsemem._sys.files import PAGE_SIZE, shared_files, thp_size
-from sparsemem._sys.residency import guards, page_cache, private_scan
+from sparsemem._sys.residency import guards, page_cache, private_scan, written_pages
 
 # What an unknown or forbidden advice gives, and EAGAIN, ENOMEM and EBUSY what a collapse
 # gives for want of a huge page (madvise(2)).
@@ -228,10 +228,14 @@ def removes_forbidden(calls: Calls) -> bool:
 
 
 def _accessible(address: int) -> bool:
-    """Whether a byte there can be written, found without a signal; it becomes zero."""
+    return writable(memoryview(ffi.buffer(ffi.cast("char *", address), 1)))
+
+
+def writable(memory: memoryview) -> bool:
+    """Whether memory can be written, found without a signal; it becomes zero."""
     zeroes = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.readv(zeroes, [ffi.buffer(ffi.cast("char *", address), 1)])
+        os.readv(zeroes, [memory])
         return True
     except OSError as error:
         if error.errno == errno.EFAULT:
@@ -239,6 +243,28 @@ def _accessible(address: int) -> bool:
         raise
     finally:
         os.close(zeroes)
+
+
+@_remembered
+def tracks_writes(calls: Calls) -> bool:
+    """Whether the kernel tells which pages were written to (UFFD_FEATURE_WP_ASYNC and PAGEMAP_SCAN: Linux 6.7)."""
+    address = calls.reserve(PAGE_SIZE, PAGE_SIZE, _PRIVATE, -1, writable=True, locked=False)
+    try:
+        found = uffd.shared(calls)  # in a variable, since it goes with the last who refers to it
+        found.register(address, PAGE_SIZE)
+        byte = ffi.cast("unsigned char *", address)
+        told = []
+        for write in (True, False, True):
+            if write:
+                byte[0] = 1
+            told.append(bool(written_pages(address, PAGE_SIZE)))
+        return told == [True, False, True]
+    except OSError as error:
+        if error.errno in (*_REFUSALS, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOENT, errno.EACCES):
+            return False
+        raise
+    finally:
+        calls.unmap(address, PAGE_SIZE)
 
 
 @_remembered

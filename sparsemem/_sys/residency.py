@@ -23,7 +23,11 @@ from sparsemem._sys.files import PAGE_SIZE
 Extent = tuple[int, int]
 
 # Categories of PAGEMAP_SCAN: include/uapi/linux/fs.h, PAGE_IS_*.
-_FILE, _PRESENT, _SWAPPED, _PFNZERO, _HUGE, _GUARD = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 8
+_WRITTEN, _FILE, _PRESENT, _SWAPPED, _PFNZERO, _HUGE = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6
+_GUARD = 1 << 8
+
+# And its flags, PM_SCAN_*: protect what matched, and fail where nobody would be told of writes.
+_PROTECT, _ONLY_ASYNC = 1 << 0, 1 << 1
 
 _ROOM = 512
 _NOT_THERE = (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -98,8 +102,32 @@ def huge_pages(address: int, length: int) -> list[Extent] | None:
         return None
 
 
-def _scan(address: int, length: int, *, any_of: int = 0, all_of: int = 0, none_of: int = 0) -> list[Extent]:
-    what = ffi.new("sm_scan *", (any_of, all_of, none_of))
+def written_pages(address: int, length: int, *, protect: bool = True) -> list[Extent]:
+    """Pages that were written to since the last call; from now on they count as not written.
+
+    Of memory that is registered with a userfaultfd of WP_ASYNC (6.7): each page is protected, and
+    the kernel takes the protection off as the page is written to.  One step, so that no
+    write can fall between the look and the protection.  What was never looked at, or is
+    not there, counts as written; but a page that was discarded in a *file* need not:
+    the kernel keeps its mark (measured on 6.18).
+
+    A page that is not there is marked, too, which then looks like a swapped one.
+
+    Args:
+        address: Where they begin.
+        length: Bytes.
+        protect: False only looks.
+
+    Raises:
+        OSError: EPERM where the memory is not registered so, ENOTTY before 6.7.
+    """
+    return _scan(address, length, all_of=_WRITTEN, flags=_ONLY_ASYNC | _PROTECT * protect)
+
+
+def _scan(
+    address: int, length: int, *, any_of: int = 0, all_of: int = 0, none_of: int = 0, flags: int = 0
+) -> list[Extent]:
+    what = ffi.new("sm_scan *", (any_of, all_of, none_of, flags))
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return [(s - address, n) for s, n in _walk(_bind(lib.sm_pagemap_scan, fd, what), address, address + length)]
@@ -131,16 +159,36 @@ def shared_anonymous(calls: Calls, address: int, size: int, offset: int, length:
     Who may (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE) opens the file behind the
     mapping, where SEEK_DATA jumps over what is not there; else it is mincore.
     """
-    try:
-        fd = os.open(f"/proc/self/map_files/{address:x}-{address + size:x}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # not allowed, or something has split the mapping
-        for start, found in page_cache(address + offset, length):
-            yield offset + start, found
+    found = shared_anonymous_data(calls, address, size, offset, length)
+    if found is not None:
+        yield from found
         return
+    for start, size in page_cache(address + offset, length):
+        yield offset + start, size
+
+
+def shared_anonymous_data(calls: Calls, address: int, size: int, offset: int, length: int) -> list[Extent] | None:
+    """The same with swapped pages surely included; None if one may not see it."""
     try:
-        yield from file_data(calls, fd, offset, offset + length)
+        fd = _open_behind(address, size)
+    except OSError:  # not allowed
+        return None
+    try:
+        return list(file_data(calls, fd, offset, offset + length))
     finally:
         os.close(fd)
+
+
+def _open_behind(address: int, size: int) -> int:
+    """The file of a mapping, which may be split by now (PROT_NONE, for one): its first part is of the same file."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(f"/proc/self/map_files/{address:x}-{address + size:x}", flags)
+    except FileNotFoundError:
+        with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+            parts = (line.split(maxsplit=1)[0] for line in maps)
+            first = next((part for part in parts if int(part.split("-")[0], 16) == address), "")
+        return os.open(f"/proc/self/map_files/{first}", flags)
 
 
 def page_cache(address: int, length: int) -> Iterator[Extent]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from attrs import frozen
 
 from sparsemem._sys import ffi, lib
+from sparsemem._sys.calls import check
 from sparsemem._sys.uffd import Userfaultfd
 
 _AT_ONCE = 256
@@ -29,7 +29,7 @@ class Caught:
 
 
 class Watch:
-    """Owns the thread, which resolves accesses until it is stopped.
+    """Owns the thread, which resolves accesses from `start` to `stop`.
 
     Args:
         uffd: Opened with `Purpose.CATCH`, and registered.
@@ -39,21 +39,24 @@ class Watch:
         page_size: Bytes that are filled in at once.
         zero_page: Whether private memory gets the zero page, or shared memory what stands for it.
         keeps: What has to outlive the thread.
-
-    Raises:
-        OSError: There is no thread or descriptor to be had.
     """
 
     def __init__(
         self, uffd: Userfaultfd, plugged: Any, shift: int, address: int, page_size: int, *, zero_page: bool, keeps: Any
     ) -> None:
-        self._keeps = (uffd, keeps)
+        self._keeps: Any = (uffd, keeps)
         what = ffi.new("sm_watched *", (uffd.c, plugged, address, page_size, shift, zero_page))
-        error = ffi.new("int *")
-        made = lib.sm_watch_new(what, error)
-        if not made:
-            raise OSError(-error[0], os.strerror(-error[0]))
-        self._c = ffi.gc(made, lib.sm_watch_free)
+        self._c = ffi.gc(lib.sm_watch_new(what), lib.sm_watch_free)
+        if not self._c:
+            raise MemoryError("no memory for a watch on stray accesses")
+
+    def start(self) -> None:
+        """Starts the thread: apart from making it, so that no interrupt can leave one that nobody stops.
+
+        Raises:
+            OSError: There is no thread or descriptor to be had.
+        """
+        check(lib.sm_watch_start(self._c))
 
     def wait(self) -> list[Caught]:
         """Waits for accesses, without the GIL; [] once it was stopped and nothing is left."""
@@ -70,3 +73,4 @@ class Watch:
     def stop(self) -> None:
         """Ends the thread, once it has resolved what has come so far; does nothing in a child, which has none."""
         lib.sm_watch_stop(self._c)
+        self._keeps = None

@@ -61,10 +61,9 @@ class Userfaultfd:
     def release(self, address: int, length: int) -> None:
         """Lets a range go that is still mapped, and whoever waits in it; for one that traps.
 
-        Closing alone does that, too, but only once no child has a copy of the descriptor.
+        Closing does that, too, but only once no child has a copy of the descriptor.
         """
         lib.sm_uffd_unregister(self.c, address, length)
-        lib.sm_uffd_close(self.c)
 
     def renew(self) -> None:
         """In a child: a descriptor of its own, with which nothing is registered yet.
@@ -72,12 +71,12 @@ class Userfaultfd:
         Raises:
             OSError: As when it was made; it is closed then.
         """
-        self.drop()
+        self.close()
         self.pid = os.getpid()
         self.calls.userfaultfd(self.c)
 
-    def drop(self) -> None:
-        """In a child: closes the copy, with which the child could do nothing but fill its parent's memory."""
+    def close(self) -> None:
+        """Closes it, or a child its copy, which would fill the parent's memory; a second time does nothing."""
         lib.sm_uffd_close(self.c)
 
     def __del__(self) -> None:

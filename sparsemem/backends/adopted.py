@@ -69,19 +69,28 @@ def kind_of(calls: Calls, fd: int, shared: bool) -> tuple[Kind, int]:
     return (Kind.SHMEM_SHARED if magic == lib.TMPFS_MAGIC else Kind.DISK_SHARED), page_size
 
 
-def adopt_mapping(calls: Calls, options: Options, fd: int, request: Request, strategy: str) -> KernelMapping:
-    """A mapping of a borrowed descriptor, which is duplicated."""
+def adopt_mapping(
+    calls: Calls, options: Options, fd: int, request: Request, strategy: str, offset: int = 0
+) -> KernelMapping:
+    """A mapping of a borrowed descriptor, which is duplicated; `offset` as for `adopt_file`."""
     kind_of(calls, fd, options.shared)  # refuses what is no file, before it is duplicated
     try:
         own = Descriptor(calls.duplicate(fd), calls)
     except OSError as error:
         raise ReserveError(error.errno, f"descriptor {fd}: {error.strerror}") from error
     with own.closed_on_error():
-        return KernelMapping(adopt_file(calls, options, own, request), request, strategy)
+        return KernelMapping(adopt_file(calls, options, own, request, offset), request, strategy)
 
 
-def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request) -> Area:
+def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request, offset: int = 0) -> Area:
     """An area over an existing file that we hold a descriptor of.
+
+    Args:
+        calls: What reaches the kernel.
+        options: What the backend says.
+        fd: The descriptor; owned by the area from now on.
+        request: What the region asks.
+        offset: Where in the file block 0 is; 0 but for templates.
 
     Raises:
         ReserveError: It cannot be written or punched, it is too small and must
@@ -93,10 +102,16 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
     discard: Callable[[], None] | None = None
     restore: Callable[[], None] | None = None
     if kind is Kind.TEMPLATE:
-        if size < request.size:
+        if offset % page_size:
+            raise ReserveError(
+                errno.EINVAL, f"offset {offset} is not a multiple of the file's page size {exact_size(page_size)}"
+            )
+        if size < offset + request.size:
+            after = f" from offset {exact_size(offset)} on" if offset else ""
             raise ReserveError(
                 errno.EINVAL,
-                f"the template has {exact_size(size)} and the region {exact_size(request.size)}: "
+                f"the template has {exact_size(max(0, size - offset))}{after} "
+                f"and the region {exact_size(request.size)}: "
                 "what lies beyond the end of a file cannot be mapped, and a template is never extended",
             )
     else:
@@ -125,6 +140,7 @@ def adopt_file(calls: Calls, options: Options, fd: Descriptor, request: Request)
         flags=flags,
         page_size=page_size,
         fd=fd,
+        offset=offset,
         adopt=adopt,
         discard=discard,
         restore=restore,

@@ -122,6 +122,12 @@ class Mapping(abc.ABC):
     bridge: int = 0
     """Bytes of unplugged memory over which one discard is cheaper than two."""
 
+    confidential: bool = False
+    """Whether its content must not leave the process: no snapshot is made of it."""
+
+    readable: int = -1
+    """A descriptor that reads as the memory does, and costs nothing where there is none of it; -1 without."""
+
     can_discard: bool = True
     fork_inherits: bool = False
     protection: str = "none"
@@ -180,6 +186,31 @@ class Mapping(abc.ABC):
     @abc.abstractmethod
     def resident(self, offset: int, length: int) -> Iterator[Run] | None:
         """Maximal ascending `(offset, length)` runs of memory in use; None if nobody can tell."""
+
+    def contents(self, offset: int, length: int) -> list[Run] | None:
+        """Ascending `(offset, length)` runs outside of which all of it reads zero; None if nobody can tell.
+
+        For a snapshot, which then does not touch (and so populate) what holds nothing.
+        """
+        return None
+
+    def track(self) -> None:
+        """Has the kernel note from now on which pages are written to.
+
+        Raises:
+            UnsupportedError: It cannot; says why.
+        """
+        raise UnsupportedError(f"{type(self).__name__} has no pages of the kernel's, which would be noted as written")
+
+    def written(self, offset: int, length: int) -> list[Run]:
+        """Ascending `(offset, length)` runs of pages that this process wrote to since the last call.
+
+        Pages discarded since may or may not be among them.
+
+        Raises:
+            OSError: `track` was not called, or somebody has undone it.
+        """
+        raise NotImplementedError
 
     def resident_total(self) -> int | None:
         """Bytes in use in all, where a figure covers more than `resident` can place."""

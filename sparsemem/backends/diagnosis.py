@@ -20,6 +20,7 @@ from sparsemem._sys.files import (
     group_limits,
     huge_group_limits,
     huge_pool,
+    mappings_used_up,
     user_reserve,
 )
 from sparsemem.backends.base import Limit
@@ -46,7 +47,7 @@ _EHWPOISON = getattr(errno, "EHWPOISON", 133)  # not in the errno module of ever
 
 
 class Surroundings:
-    """The limits of one mapping."""
+    """The limits of one mapping of `size` bytes, which begins at byte `start` of its file."""
 
     def __init__(
         self,
@@ -57,8 +58,10 @@ class Surroundings:
         fd: Descriptor | None,
         size: int,
         numa_node: int | None = None,
+        start: int = 0,
     ) -> None:
         self._node = numa_node
+        self._start = start
         self._size = size
         self._calls = calls
         self._files = files
@@ -94,7 +97,7 @@ class Surroundings:
         if tight:
             return min(tight, key=lambda limit: limit.available).cause
         if code == errno.ENOMEM:
-            return Cause.MAPPING_HOLE
+            return Cause.MAPPINGS if mappings_used_up(self._files) else Cause.MAPPING_HOLE
         # A fault that nothing else explains: a guard page, or a userfaultfd.
         return Cause.PROTECTION if code == errno.EFAULT else Cause.UNKNOWN
 
@@ -186,6 +189,6 @@ class Surroundings:
         # Anywhere in the chunk that failed, of which the errno does not tell the page.
         end = min(self._size, offset + max(self._page_size, _CHUNK))
         try:
-            return self._calls.fstat(self._fd.fd).st_size < end
+            return self._calls.fstat(self._fd.fd).st_size < self._start + end
         except OSError:
             return False

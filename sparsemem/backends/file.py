@@ -25,12 +25,20 @@ from sparsemem.backends.strategies import check_strategy
 from sparsemem.backends.text import options_text
 from sparsemem.errors import ReserveError
 from sparsemem.recipes import Kind
+from sparsemem.units import Size, exact_size, parse_size
 
 _OWNED_PRIVATE = {
     Kind.SHMEM_SHARED: Kind.SHMEM_PRIVATE,
     Kind.HUGETLB_SHARED: Kind.HUGETLB_PRIVATE,
     Kind.DISK_SHARED: Kind.DISK_PRIVATE,
 }
+
+
+def _offset(offset: Size) -> int:
+    size = parse_size(offset, "offset")
+    if size % PAGE_SIZE:
+        raise ValueError(f"offset {size} is not a multiple of the page size {PAGE_SIZE}")
+    return size
 
 
 def _path_text(path: str | os.PathLike[str] | None) -> str | None:
@@ -64,6 +72,8 @@ class File(Backend):
             populate on its processors.  None takes it from wherever there is some.
             Pages that a file has already stay where they are; a shared disk file is refused,
             since its pages are the page cache's.
+        offset: Where in the file block 0 is, in bytes, a multiple of its page size; for
+            templates only.
     """
 
     path: str | None = field(default=None, converter=_path_text)
@@ -75,8 +85,11 @@ class File(Backend):
     follow_symlinks: bool = field(default=False, validator=switch, kw_only=True)
     strategy: str = field(default="auto", converter=check_strategy, kw_only=True)
     numa_node: int | None = field(default=None, validator=check_node, kw_only=True)
+    offset: int = field(default=0, converter=_offset, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        if self.offset and self.shared:
+            raise ValueError(f"offset={self.offset} is for templates: it needs shared=False and a file that exists")
         if (self.path is None) == (self.fd is None):
             raise ValueError("File needs a path or fd=, and not both")
         if self.delete and self.path is None:
@@ -110,14 +123,18 @@ class File(Backend):
     def reserve(self, request: Request) -> KernelMapping:
         calls = _calls.kernel
         if self.fd is not None:
-            return adopt_mapping(calls, self, self.fd, request, self.strategy)
+            return adopt_mapping(calls, self, self.fd, request, self.strategy, self.offset)
         assert self.path is not None
         fd, created = self._open(calls, self.path)
         own: OwnFile | None = None
         try:
             if created:
                 own = self._own(calls, fd)
-            area = adopt_file(calls, self, fd, request) if own is None else self._owned(calls, fd, own, request)
+            area = (
+                adopt_file(calls, self, fd, request, self.offset)
+                if own is None
+                else self._owned(calls, fd, own, request)
+            )
             return KernelMapping(area, request, self.strategy)
         except BaseException:
             # Ours to remove, but not what somebody has put in its place meanwhile; and if not even
@@ -132,13 +149,13 @@ class File(Backend):
         """The file and whether it was made here, which is what makes it ours to punch."""
         flags = os.O_CLOEXEC | (0 if self.follow_symlinks else os.O_NOFOLLOW)
         try:
-            try:
+            if not self.offset:  # with one it is a template or nothing
                 # O_EXCL, so that a file that somebody makes meanwhile is not taken for ours.
-                return Descriptor(calls.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), calls), True
-            except FileExistsError:
-                mode = os.O_RDWR if self.shared else os.O_RDONLY
-                # O_NONBLOCK, for opening a FIFO would wait for somebody to write.
-                return Descriptor(calls.open(path, flags | mode | os.O_NONBLOCK, 0), calls), False
+                with contextlib.suppress(FileExistsError):
+                    return Descriptor(calls.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), calls), True
+            mode = os.O_RDWR if self.shared else os.O_RDONLY
+            # O_NONBLOCK, for opening a FIFO would wait for somebody to write.
+            return Descriptor(calls.open(path, flags | mode | os.O_NONBLOCK, 0), calls), False
         except OSError as error:
             hint = "; a symbolic link is only followed with follow_symlinks=True" if error.errno == errno.ELOOP else ""
             raise ReserveError(error.errno, f"{path}: {error.strerror}{hint}") from error
@@ -173,5 +190,6 @@ class File(Backend):
             "follow_symlinks": self.follow_symlinks,
             "strategy": None if self.strategy == "auto" else self.strategy,
             "numa_node": self.numa_node,
+            "offset": exact_size(self.offset) if self.offset else None,
         }
         return options_text("file", options, self.path)

@@ -30,6 +30,7 @@ from sparsemem.backends.diagnosis import Surroundings
 from sparsemem.backends.numa import bind
 from sparsemem.backends.protection import check_protection, require_protection
 from sparsemem.backends.strategies import UFFD, check_strategy, choose_strategy
+from sparsemem.backends.trap import Trap
 from sparsemem.errors import Cause, ReserveError, Run, SparseMemError, UnsupportedError
 from sparsemem.recipes import (
     ADVICE,
@@ -43,12 +44,17 @@ from sparsemem.recipes import (
     Kind,
     Step,
 )
+from sparsemem.runs import join
 from sparsemem.units import exact_size
 
 _log = logging.getLogger("sparsemem")
 
 STEP_CODES = {step: getattr(lib, f"SM_STEP_{step.name}") for step in Step}
 
+
+# What a snapshot reads through the descriptor: a hole of a file reads zero and stays one,
+# where touching it would give it a page.
+_READABLE = (Kind.SHMEM_SHARED, Kind.HUGETLB_SHARED, Kind.DISK_SHARED)
 
 _ENTRY = 8  # bytes of page table for each page, without the tables of tables (1/512 of it)
 _NO_TOTAL = (Kind.TEMPLATE, Kind.SECRET, Kind.DISK_SHARED, Kind.DISK_PRIVATE)
@@ -96,6 +102,8 @@ class Area:
     flags: int
     page_size: int
     fd: Descriptor | None = None
+    offset: int = 0
+    """Where in the file block 0 is; only of a template, since all else is punched at the block's offset."""
     writable: bool = True
     adopt: Callable[[], Adopted] | None = None
     """Makes an existing file fit, and says what it holds; loses nothing."""
@@ -129,21 +137,24 @@ class KernelMapping(Mapping):
         self.page_size = area.page_size
         self.fresh = self.recipe.fresh
         self.can_discard = bool(self.recipe.discard)
-        self.bridge = self.recipe.bridge
         self.fork_inherits = request.fork == "inherit"
+        self.bridge = self.recipe.bridge if self._is_ours_alone(area) else 0
         # Not where something stands in the kernel's place: that must see every call.
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
         self.protection = check_protection(request.protection)
-        self._catches = request.catch
-        require_protection(self._calls, area.kind, area.page_size, self.protection, thp=area.thp, catch=self._catches)
-        # What a stray access found no memory for is poisoned, and only MADV_DONTNEED heals that.
-        self._heals = request.catch and Step.DONTNEED not in self.recipe.discard
+        self._trap: Trap | None = None
+        self._uffd: Userfaultfd | None = None
+        require_protection(self._calls, area.kind, area.page_size, self.protection, thp=area.thp, catch=request.catch)
         self.protects = bool(PROTECTIONS[self.protection].protect)
         self._request = request
         self._numa_node = area.numa_node
         self._warm: Any = ffi.NULL
         self._vectored = self.page_size == PAGE_SIZE and probe.vectored(self._calls)
         self._fd = area.fd
+        self._offset = area.offset
+        self.confidential = area.kind is Kind.SECRET
+        if area.fd is not None and area.kind in _READABLE:
+            self.readable = area.fd.fd
         self._unlink = area.unlink
         self._created = area.created
         self._discard = area.discard
@@ -164,12 +175,22 @@ class KernelMapping(Mapping):
             self._register(strategy)
             self._advise(request)
             self._surroundings = Surroundings(
-                self._calls, files, area.kind, area.page_size, area.fd, self.size, area.numa_node
+                self._calls, files, area.kind, area.page_size, area.fd, self.size, area.numa_node, area.offset
             )
             self._adopt(area, request)
         except BaseException:
             self.abandon()
             raise
+
+    def _is_ours_alone(self, area: Area) -> bool:
+        """Whether nobody else can have anything in blocks that are unplugged here.
+
+        Of a shared file somebody else may have plugged what lies between two of our
+        blocks: a discard that bridges the gap would take it from them.
+        """
+        if self.recipe.inheritance is not Inheritance.SHARED:
+            return True
+        return area.adopt is None and area.created is None and area.unlink is None and not self.fork_inherits
 
     # ---- reserving -------------------------------------------------------------------
 
@@ -190,10 +211,8 @@ class KernelMapping(Mapping):
         self.adopts_pages = self.recipe.evidence is Evidence.MAPPED_PAGES
 
     def watch(self, plugged: Any, shift: int, keeps: Any) -> Watch:
-        assert self._uffd is not None
-        # The zero page where private memory can have it; shared memory gets a page, as by any fault.
-        zero_page = self.page_size == PAGE_SIZE
-        return Watch(self._uffd, plugged, shift, self._address, self.page_size, zero_page=zero_page, keeps=keeps)
+        assert self._trap is not None
+        return self._trap.watch(plugged, shift, keeps)
 
     def room_to_protect(self, length: int) -> None:
         if self.protection != GUARD or self._surroundings is None:
@@ -245,6 +264,7 @@ class KernelMapping(Mapping):
                 fd,
                 writable=area.writable,
                 locked=area.kind is Kind.SECRET,
+                offset=area.offset,
             )
         except OSError as error:
             raise ReserveError(
@@ -259,10 +279,13 @@ class KernelMapping(Mapping):
 
     def _register(self, strategy: str) -> None:
         """Lets userfaultfd fill the memory, which somebody else's may have by now; or trap in it."""
-        self._uffd: Userfaultfd | None = None
+        self._tracked = False
         if self.protection == TRAP:
-            self._arm()
-        if self.protection == TRAP or self.strategy not in UFFD:
+            self._trap = Trap(self._calls, self.page_size, catch=self._request.catch)
+            self._uffd = self._trap.uffd
+            self._trap.arm(self._address, self.size)
+            return
+        if self.strategy not in UFFD:
             return
         try:
             self._uffd = self._registered()
@@ -270,15 +293,6 @@ class KernelMapping(Mapping):
             if strategy != "auto":
                 raise ReserveError(error.errno, f"userfaultfd refuses the mapping: {error.strerror}") from error
             self.strategy = POPULATE_WRITE
-
-    def _arm(self) -> None:
-        """Traps all that is missing, with a descriptor of the region's own: for a range there can be only one."""
-        try:
-            purpose = uffd.Purpose.CATCH if self._catches else uffd.Purpose.TRAP
-            self._uffd = Userfaultfd(self._calls, purpose, self.page_size)
-            self._uffd.register(self._address, self.size)
-        except OSError as error:
-            raise ReserveError(error.errno, f"userfaultfd does not trap in the mapping: {error.strerror}") from error
 
     def _registered(self) -> Userfaultfd:
         found = uffd.shared(self._calls)
@@ -327,8 +341,9 @@ class KernelMapping(Mapping):
 
     def prepare(self, job: Any, operation: str) -> None:
         steps = {
-            "populate": (Step.DONTNEED,) * self._heals
-            + self.recipe.populate(self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection),
+            "populate": self.recipe.populate(
+                self.strategy, huge=self.huge, warm=bool(self._warm), protection=self.protection
+            ),
             "repopulate": self.recipe.again(self.strategy, self.protection),
             "recycle": self.recipe.recycle(self.strategy),
             "discard": self.recipe.release(self.protection),
@@ -337,6 +352,8 @@ class KernelMapping(Mapping):
             "protect": PROTECTIONS[self.protection].protect,
             **ADVICE,
         }[operation]
+        if self._tracked and operation in ("discard", "thin"):
+            steps = (Step.UNPROTECT, *steps)
         job.base = ffi.cast("char *", self._address)
         job.fd = -1 if self._fd is None else self._fd.fd
         job.page = self.page_size
@@ -404,10 +421,62 @@ class KernelMapping(Mapping):
         if self.recipe.evidence is Evidence.PAGE_CACHE:
             return residency.shared_anonymous(calls, self._address, self.size, offset, length)
         if self.recipe.evidence is Evidence.FILE_DATA:
-            return residency.file_data(calls, self.fileno(), offset, offset + length)
+            return residency.file_data(calls, self._file(), offset, offset + length)
         if self.recipe.evidence is Evidence.FILE_EXTENTS:
-            return residency.file_extents(calls, self.fileno(), offset, offset + length)
+            return residency.file_extents(calls, self._file(), offset, offset + length)
         return None
+
+    def contents(self, offset: int, length: int) -> list[Run] | None:
+        found: list[Run] | None = None
+        # Without /proc nobody can tell.
+        with contextlib.suppress(OSError):
+            if self.recipe.evidence is Evidence.PRIVATE_PAGES:
+                guarded = self.protection == GUARD
+                found = list(_shifted(residency.private_pages(self._address + offset, length, guarded=guarded), offset))
+                # Where there is no page of one's own, the file shows through.  A hugetlb file
+                # calls all of itself data, and nobody writes to it but through a mapping.
+                if self._fd is not None and self.kind is not Kind.HUGETLB_PRIVATE:
+                    start = self._offset + offset
+                    data = residency.file_data(self._calls, self._fd.fd, start, start + length)
+                    found = join([*found, *_shifted(data, -self._offset)])
+            elif self.recipe.evidence is Evidence.PAGE_CACHE:
+                # Not mincore, which does not see what is swapped.
+                found = residency.shared_anonymous_data(self._calls, self._address, self.size, offset, length)
+            elif self.recipe.evidence in (Evidence.FILE_DATA, Evidence.FILE_EXTENTS):
+                found = list(self.resident(offset, length) or ())
+            if found is not None and self._fd is not None:
+                found = join([*found, *self._beyond_end(offset, length)])
+        return found
+
+    def _beyond_end(self, offset: int, length: int) -> list[Run]:
+        """What a file does not have any more since somebody cut it off: no hole, but nothing that could be read."""
+        assert self._fd is not None
+        end = self._calls.fstat(self._fd.fd).st_size - self._offset
+        start = max(offset, -(-end // self.page_size) * self.page_size)
+        return [(start, offset + length - start)] if start < offset + length else []
+
+    def track(self) -> None:
+        if not probe.tracks_writes(self._calls):
+            raise UnsupportedError("this kernel does not tell which pages were written to (UFFD_FEATURE_WP_ASYNC, 6.7)")
+        if self.protection != "none":
+            raise UnsupportedError(f"protection={self.protection!r} uses what would tell: it does not go with dirty=")
+        if self.fork_inherits:
+            raise UnsupportedError("with fork='inherit' the kernel would note a parent's writes and not a child's")
+        if self._uffd is None:
+            try:
+                self._uffd = self._registered()
+            except OSError as error:
+                raise UnsupportedError(f"userfaultfd refuses the mapping: {error.strerror}") from error
+        try:
+            residency.written_pages(self._address, self.page_size, protect=False)
+        except OSError as error:
+            raise UnsupportedError(
+                f"the kernel does not tell of {self.kind.value} memory which pages were written to: {error.strerror}"
+            ) from error
+        self._tracked = True
+
+    def written(self, offset: int, length: int) -> list[Run]:
+        return list(_shifted(iter(residency.written_pages(self._address + offset, length)), offset))
 
     def resident_total(self) -> int | None:
         """What file and private pages use.  Behind a private mapping the file should be empty.
@@ -439,8 +508,17 @@ class KernelMapping(Mapping):
         return Cause.UNKNOWN if self._surroundings is None else self._surroundings.diagnose(errno, offset)
 
     def fileno(self) -> int:
+        fd = self._file()
+        # From now on others may have blocks of their own in it (see _is_ours_alone).
+        if self.recipe.inheritance is Inheritance.SHARED:
+            self.bridge = 0
+        return fd
+
+    def _file(self) -> int:
         if self._fd is None:
             raise UnsupportedError(f"{self.kind.value} memory has no file descriptor")
+        if self._offset:
+            raise UnsupportedError(f"block 0 is not at offset 0 of the file, but at {exact_size(self._offset)}")
         return self._fd.fd
 
     def owner(self) -> Any:
@@ -449,20 +527,8 @@ class KernelMapping(Mapping):
     def after_fork_in_child(self) -> None:
         # Not ours to remove.
         self._unlink = None
-        if self.protection == TRAP and self._uffd is not None:
-            self._rearm_in_child(self._uffd)
-
-    def _rearm_in_child(self, inherited: Userfaultfd) -> None:
-        """A child's copy of the mapping traps nothing (measured on 6.18): one that it may use is armed anew."""
-        if not self.fork_inherits or self._catches:  # whose threads a child has not
-            inherited.drop()
-            return
-        try:
-            inherited.renew()
-            inherited.register(self._address, self.size)
-        except OSError as error:
-            inherited.drop()
-            _log.warning("stray accesses are not trapped in this child: %s", error)
+        if self._trap is not None:
+            self._trap.after_fork_in_child(usable=self.fork_inherits)
 
     def abandon(self) -> None:
         if self._restore is not None and self._fd is not None:
@@ -472,8 +538,8 @@ class KernelMapping(Mapping):
         self.close()
 
     def close(self) -> None:
-        if self.protection == TRAP and self._uffd is not None:
-            self._uffd.release(self._address, self.size)  # before the memory can be somebody else's
+        if self._trap is not None:
+            self._trap.release()
         self._owner = self._uffd = None
         self._surroundings = None  # the kernel's files close with the last who holds them
         if self._unlink is not None:

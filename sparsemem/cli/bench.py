@@ -26,7 +26,9 @@ _EPILOG = """\
 examples:
   sparsemem bench --quick                   a minute, on less memory
   sparsemem bench anonymous-4k 'memfd*'     these cases only
-  sparsemem bench --markdown > RESULTS.md   a full run: about ten minutes, 18 GiB free
+  sparsemem bench --markdown > RESULTS.md   a full run: about a quarter of an hour, 10 GiB free
+  sparsemem bench 'stalls*' --json > 2.json        a part of one, for when the machine is quiet
+  sparsemem bench --from 1.json 2.json --markdown  all parts as one run
 """
 
 
@@ -42,6 +44,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only this case; * at the end stands for anything")
     parser.add_argument("--list", action="store_true", help="list the cases and what they measure")
     parser.add_argument("--quick", action="store_true", help="measure less, within 60 s")
+    parser.add_argument(
+        "--from",
+        dest="parts",
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing, but show runs of one machine that --json has written as one",
+    )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON (times in seconds, sizes in bytes)")
     shown.add_argument("--markdown", action="store_true", help="print a report such as benchmarks/RESULTS.md")
@@ -52,8 +61,10 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the cases and prints what came of them; 0 if anything could be measured."""
     # Late, for these load what no other command needs.
-    from sparsemem.bench import catalogue, model
+    from sparsemem.bench import catalogue, model, parts
 
+    if options.parts and (options.names or options.quick or options.list):
+        raise ValueError("--from shows what was measured: it takes no case, --quick or --list")
     cases = catalogue.select(options.names)
     if options.list:
         _list(cases, options.json)
@@ -62,10 +73,11 @@ def run(options: argparse.Namespace) -> int:
         from sparsemem.bench import plot
 
         plot.check(options.plot)
-    outcome = _measure(cases, model.QUICK if options.quick else model.FULL, options)
+    read = parts.read(options.parts or ())
+    outcome = parts.joined(read) if read else _measure(cases, model.QUICK if options.quick else model.FULL, options)
     if options.plot:
         plot.draw(outcome, options.plot)
-    _show(outcome, options)
+    _show(outcome, read, options)
     return 0 if any(result.rows for result in outcome.results) else 1
 
 
@@ -101,14 +113,17 @@ def _measure(cases: tuple[Case, ...], scale: Scale, options: argparse.Namespace)
     return Outcome(machine, scale, tuple(results), judge(results))
 
 
-def _show(outcome: Outcome, options: argparse.Namespace) -> None:
+def _show(outcome: Outcome, read: tuple[Outcome, ...], options: argparse.Namespace) -> None:
     from sparsemem.bench.outcome import as_data
     from sparsemem.cli import figures
 
     if options.json:
         print(json.dumps(as_data(outcome), indent=2))
     elif options.markdown:
-        quick = ["--quick"] if options.quick else []
-        print(figures.report(outcome, [*quick, "--markdown", *options.names]))
+        # What gives such a report again, in one go.
+        quick = ["--quick"] if outcome.scale.name == "quick" else []
+        print(figures.report(outcome, [*quick, *options.names, "--markdown"], parts=len(read)))
     else:
+        if read:
+            print(*map(figures.case_text, outcome.results), sep="\n")
         print(figures.targets_text(outcome))

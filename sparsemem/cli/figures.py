@@ -17,13 +17,15 @@ _ANOTHER = "another machine's, as published"
 _INTRODUCTION = """\
 # Results of one run
 
-One run of `sparsemem bench`, on one machine; what another gives is best measured there. To repeat it, with about
-20 GiB of free memory, a C compiler, numpy and nothing else running:
+One run of `sparsemem bench`, on one machine; what another gives is best measured there. What is missed, and why, is in
+[README.md](README.md). To repeat it, with about
+10 GiB of free memory, a C compiler, numpy and nothing else running (and 512 pages in /proc/sys/vm/nr_hugepages
+for the cases of the huge page pool):
 
 ```console
 $ sparsemem bench {command} > benchmarks/RESULTS.md
 ```
-
+{parts}
 All ways of a case take turns in one process, for {rounds} rounds after one that does not count. A figure is the median
 of the rounds, with the least and the most; a ratio is to the case's peer, round by round. Lower is better, except for
 rates. Just before each measurement as much memory as it needs is populated and freed: the host has given it then.
@@ -151,17 +153,34 @@ def targets_text(outcome: Outcome) -> str:
 # ---- Markdown ----------------------------------------------------------------------------------
 
 
-def report(outcome: Outcome, arguments: Iterable[str]) -> str:
-    """All of it as a document; the arguments are those of the command."""
+_PARTS = """
+This one was measured in {n} parts, between which the machine did other things: `--json` for each, and `--from` to put
+them together. No figure is compared with one of another part.
+"""
+
+
+def report(outcome: Outcome, arguments: Iterable[str], *, parts: int = 0) -> str:
+    """All of it as a document.
+
+    Args:
+        outcome: What came of it.
+        arguments: Of the command that gives such a document again.
+        parts: In how many parts it was measured; 0 if in one go.
+    """
     machine = _markdown([("", ""), *outcome.machine.items()])
-    command = " ".join(map(quote, arguments))
-    parts = [_INTRODUCTION.format(command=command, rounds=outcome.scale.rounds, machine=machine)]
-    parts.append(f"## The targets\n\n{_summary(outcome)}.\n\n{_markdown([_TARGETS, *_target_rows(outcome)])}\n")
+    introduction = _INTRODUCTION.format(
+        command=" ".join(map(quote, arguments)),
+        parts=_PARTS.format(n=parts) if parts else "",
+        rounds=outcome.scale.rounds,
+        machine=machine,
+    )
+    sections = [introduction]
+    sections.append(f"## The targets\n\n{_summary(outcome)}.\n\n{_markdown([_TARGETS, *_target_rows(outcome)])}\n")
     for result in outcome.results:
-        parts.append(f"## {result.case.name}\n\n{result.case.title[0].upper()}{result.case.title[1:]}.\n")
-        parts += [_markdown(table) + "\n" for table in _tables(result)]
-        parts += [f"{line}\n" for line in _skipped(result)]
-    return "\n".join(parts).rstrip()
+        sections.append(f"## {result.case.name}\n\n{result.case.title[0].upper()}{result.case.title[1:]}.\n")
+        sections += [_markdown(table) + "\n" for table in _tables(result)]
+        sections += [f"{line}\n" for line in _skipped(result)]
+    return "\n".join(sections).rstrip()
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 import attrs
 
 from sparsemem.cli.table import add_output_options, columns, show_size
-from sparsemem.survey import Finding, machine, survey
+from sparsemem.survey import Finding, machine, shields, survey
 
 _HELP = "find out what works here"
 _DESCRIPTION = """\
 Finds out what this kernel, user and machine support. Every line is found by
 trying it: for each backend and each way to populate it, a small region is
 reserved, a block plugged, written, read, unplugged and audited. What does not
-work says why.
+work says why. So is each protection of unplugged blocks.
 """
 _EPILOG = """\
 examples:
@@ -42,14 +42,23 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints what was found; always succeeds, since "no" is an answer, too."""
-    facts, findings = machine(), survey()
+    facts, findings, shielded = machine(), survey(), shields()
     if options.json:
-        print(json.dumps({"machine": facts, "backends": [attrs.asdict(found) for found in findings]}, indent=2))
+        told = {
+            "machine": facts,
+            "backends": [attrs.asdict(found) for found in findings],
+            "protections": [attrs.asdict(found) for found in shielded],
+        }
+        print(json.dumps(told, indent=2))
         return 0
     print(columns(_facts(facts, options.bytes)))
     print()
     rows = [("BACKEND", "STRATEGY", "WORKS", "REMARK")]
     rows += [(found.name, found.strategy, _YES_NO[found.works], _remark(found)) for found in findings]
+    print(columns(rows))
+    print()
+    rows = [("BACKEND", "PROTECTION", "WORKS", "REMARK")]
+    rows += [(found.name, found.protection, _YES_NO[found.works], found.why) for found in shielded]
     print(columns(rows))
     return 0
 
@@ -75,6 +84,9 @@ def _facts(facts: dict[str, Any], raw: bool) -> list[tuple[str, str]]:
         "MADV_COLLAPSE, private memory:": "collapse_private",
         "MADV_COLLAPSE, shared memory:": "collapse",
         "MADV_COLD, MADV_PAGEOUT:": "cold",
+        "Trap (protection):": "trap",
+        "Trap that tells (catch_stray):": "catch",
+        "Guard pages (protection):": "guard",
         "Named mappings:": "named_mappings",
     }
     rows = [

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from sparsemem import Anonymous, Cause, PopulateError, Region
-from tests.conformance.raw import DONTNEED, PAGE, POPULATE_WRITE, madvise, mapping, memfd
+from tests.conformance.raw import DONTNEED, PAGE, POPULATE_WRITE, madvise, mapping, memfd, punch
+from tests.support.children import run_child
 
 _NUMBER = {"x86_64": 323, "aarch64": 282}
 _USER_MODE_ONLY = 1
@@ -128,3 +129,60 @@ def test_a_page_poisoned_in_use_is_told_by_its_cause(poison: Userfaultfd) -> Non
             region.populate(0, 2 * PAGE)
         assert caught.value.errno == EHWPOISON
         assert caught.value.cause is Cause.POISONED
+
+
+# ---- what traps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [_SIGBUS, _POISON], ids=["SIGBUS mode", "messages"])
+def test_what_the_kernel_does_for_us_is_efault_and_waits_for_nobody(features: int) -> None:
+    """Only faults of user code are asked for (UFFD_USER_MODE_ONLY): as root, too, and with nobody reading messages."""
+    made = Userfaultfd(features)
+    with memfd() as fd, mapping(fd=fd, shared=True) as raw, open("/dev/zero", "rb", buffering=0) as zeroes:
+        made.register(raw.address, raw.size)
+        memory = memoryview((ctypes.c_char * PAGE).from_address(raw.address)).cast("B")
+        with pytest.raises(OSError, match="Bad address"):
+            zeroes.readinto(memory)
+        assert madvise(raw.address, raw.size, POPULATE_WRITE) == errno.EFAULT
+        assert raw.in_file() == 0
+        made.zero(raw.address, PAGE)
+        assert zeroes.readinto(memory) == PAGE
+        # Discarding arms it again.
+        assert punch(fd, 0, raw.size) == 0
+        assert madvise(raw.address, PAGE, POPULATE_WRITE) == errno.EFAULT
+        # What is in the file is not missing, whoever has put it there.
+        os.pwrite(fd, b"x", 0)
+        assert madvise(raw.address, PAGE, POPULATE_WRITE) == 0
+    os.close(made.fd)
+
+
+def test_a_child_is_not_trapped(sigbus: Userfaultfd) -> None:
+    with mapping() as raw:
+        sigbus.register(raw.address, raw.size)
+        assert run_child(madvise, raw.address, raw.size, POPULATE_WRITE).result() == 0
+        assert madvise(raw.address, raw.size, POPULATE_WRITE) == errno.EFAULT
+
+
+def test_a_range_can_be_registered_with_one_only(sigbus: Userfaultfd, plain: Userfaultfd) -> None:
+    with mapping() as raw:
+        sigbus.register(raw.address, raw.size)
+        with pytest.raises(OSError, match="busy"):
+            plain.register(raw.address, raw.size)
+
+
+def test_a_punch_leaves_poison_and_filling_in_replaces_it(poison: Userfaultfd) -> None:
+    with memfd() as fd, mapping(fd=fd, shared=True) as raw:
+        poison.register(raw.address, raw.size)
+        poison.poison(raw.address, PAGE)
+        assert punch(fd, 0, raw.size) == 0
+        assert madvise(raw.address, PAGE, POPULATE_WRITE) == EHWPOISON
+        poison.zero(raw.address, PAGE)
+        assert madvise(raw.address, PAGE, POPULATE_WRITE) == 0
+
+
+def test_what_is_there_already_is_eexist(plain: Userfaultfd) -> None:
+    with mapping() as raw:
+        plain.register(raw.address, raw.size)
+        plain.zero(raw.address, PAGE)
+        with pytest.raises(FileExistsError):
+            plain.zero(raw.address, 2 * PAGE)

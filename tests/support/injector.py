@@ -39,6 +39,7 @@ class Injector:
         self._faults: list[CallFault] = []
         self._step: Any = None
         self._queue: list[Any] = []
+        self._copies: Any = ffi.NULL
         self.made: list[str] = []
 
     def call(
@@ -56,10 +57,25 @@ class Injector:
         fault = ffi.new("sm_fault *", (getattr(lib, f"SM_STEP_{step.name}"), nth, repeat, after, errno))
         self._queue.append(fault)
 
+    def copy(self, what: str, *, errno: int, nth: int = 1, repeat: int = 1) -> None:
+        """Makes the nth read or write ("READ", "WRITE") of a snapshot's chunks from now on fail."""
+        self._copies = ffi.new("sm_fault *", (getattr(lib, f"SM_SNAPSHOT_{what}"), nth, repeat, 0, errno))
+
     def clear(self) -> None:
         """No more faults."""
         self._faults.clear()
         self._queue.clear()
+        self._copies = ffi.NULL
+
+    def save(self, job: Any, budget_ns: int) -> int:
+        self.made.append("save")
+        job.fault = self._copies
+        return self._real.save(job, budget_ns)
+
+    def load(self, job: Any, budget_ns: int) -> int:
+        self.made.append("load")
+        job.fault = self._copies
+        return self._real.load(job, budget_ns)
 
     def advance(self, job: Any, budget_ns: int) -> int:
         while self._queue and not self._queue[0].repeat:

@@ -36,6 +36,7 @@ def test_recordings_are_there_for_both_devices() -> None:
         assert any(isinstance(event, recording.SentMessage) and event.device == device for event in events)
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 def test_a_hostile_guest_and_frontend_for_a_moment() -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     assert fuzz(seed, 1500, tell=print) == 1500
@@ -103,6 +104,7 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
 ]
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 @pytest.mark.parametrize(("plant", "found"), PLANTED, ids=[plant.__name__ for plant, _ in PLANTED])
 @pytest.mark.leaky
 def test_a_planted_fault_is_found(

@@ -133,6 +133,7 @@ def region() -> Iterator[Region]:
         yield region
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 def test_virtio_mem_under_fire(region: Region) -> None:
     under_fire, rng = MemUnderFire(region), random.Random(1)
     for case in range(CASES):
@@ -238,6 +239,7 @@ class BalloonUnderFire:
         assert self.region.plugged_size == self.region.size
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 def test_virtio_balloon_under_fire(region: Region) -> None:
     under_fire, rng = BalloonUnderFire(region), random.Random(1)
     for case in range(CASES):

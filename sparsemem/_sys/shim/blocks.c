@@ -113,12 +113,12 @@ static void enlist(sm_blocks *b)
 
 static void delist(sm_blocks *b)
 {
-    if (!b->link)
-        return;
     pthread_mutex_lock(&list_mutex);
-    *b->link = b->next;
-    if (b->next)
-        b->next->link = b->link;
+    if (b->link) {              /* not of a map that could not be made          */
+        *b->link = b->next;
+        if (b->next)
+            b->next->link = b->link;
+    }
     pthread_mutex_unlock(&list_mutex);
 }
 
@@ -198,6 +198,12 @@ static const uint64_t *map_of(const sm_blocks *b, int which)
 
 int sm_blocks_state(sm_blocks *b) { return __atomic_load_n(&b->state, __ATOMIC_RELAXED); }
 
+/* With the mutex held; but sm_blocks_state() looks without it. */
+static void set_state(sm_blocks *b, int state)
+{
+    __atomic_store_n(&b->state, state, __ATOMIC_RELAXED);
+}
+
 void sm_blocks_counts(sm_blocks *b, sm_counts *out)
 {
     lock(b);
@@ -221,7 +227,7 @@ size_t sm_blocks_runs(sm_blocks *b, int which, int value, uint64_t from, uint64_
                       sm_run *out, size_t capacity, uint64_t *next)
 {
     lock(b);
-    size_t n = sm_bits_runs(map_of(b, which), from, to, value, out, capacity, next);
+    size_t n = sm_bits_runs(map_of(b, which), value, from, to, out, capacity, next);
     unlock(b);
     return n;
 }
@@ -328,7 +334,7 @@ size_t sm_blocks_discarded_runs(sm_blocks *b, uint64_t from, uint64_t to, sm_run
     lock(b);
     *next = to;
     if (b->discarded)
-        n = sm_bits_runs(b->discarded, from, to, 1, out, capacity, next);
+        n = sm_bits_runs(b->discarded, 1, from, to, out, capacity, next);
     unlock(b);
     return n;
 }
@@ -496,7 +502,8 @@ static int check_state(const sm_blocks *b, const sm_run *run, int want, int stri
         if (*where != end)
             return SM_TAINTED;
     }
-    if (want == SM_PENDING_ONLY)    /* which of them still are is asked afterwards */
+    /* Which of them are pending still, or plugged, is asked afterwards. */
+    if (want == SM_PENDING_ONLY || want == SM_AS_IT_IS)
         return SM_OK;
     if (want == SM_TAINTED_ONLY) {
         *where = sm_bits_next(b->tainted, run->first, end, 0);
@@ -617,7 +624,7 @@ size_t sm_claim_select(sm_claim *claim, int which, int value, sm_run *out, size_
         uint64_t from = claim->runs[i].first, end = from + claim->runs[i].count;
         sm_run run;
 
-        while (sm_bits_runs(map_of(b, which), from, end, value, &run, 1, &from)) {
+        while (sm_bits_runs(map_of(b, which), value, from, end, &run, 1, &from)) {
             if (n < capacity)
                 out[n] = run;
             n++;
@@ -676,10 +683,12 @@ size_t sm_claim_bridge(sm_claim *claim, uint64_t most, sm_run *victims, size_t n
 int sm_claim_charge(sm_claim *claim, uint64_t bytes)
 {
     sm_blocks *b = claim->blocks;
-    int code = b->budget ? budget_charge(b->budget, bytes) : SM_OK;
+    int code = SM_OK;
 
-    if (code == SM_OK && b->budget)
+    lock(b);        /* the budget goes with the region, whose claim may outlive it */
+    if (b->budget && (code = budget_charge(b->budget, bytes)) == SM_OK)
         claim->charged += bytes;
+    unlock(b);
     return code;
 }
 
@@ -732,7 +741,7 @@ uint64_t sm_claim_finish(sm_claim *claim, const sm_outcome *o, int close_map)
     claim->charged = 0;
     if (close_map) {
         budget_settle(b, -(b->nplugged * b->block_size));
-        b->state = SM_CLOSED;
+        set_state(b, SM_CLOSED);
     }
     release(b, claim);
     unlock(b);
@@ -823,7 +832,7 @@ void sm_blocks_after_fork(sm_blocks *b, int refuse, uint64_t owner)
     if (refuse) {
         b->budget = NULL;
         if (b->state == SM_OK)
-            b->state = SM_FORKED;
+            set_state(b, SM_FORKED);
     }
     unlock(b);
 }

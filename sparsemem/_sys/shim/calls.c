@@ -51,9 +51,9 @@ static int result(long returned) { return returned < 0 ? -errno : 0; }
 
 /* ---- reserving ------------------------------------------------------------------ */
 
-static void *map_at(void *hint, uint64_t length, int flags, int fd)
+static void *map_at(void *hint, uint64_t length, int flags, int fd, uint64_t offset)
 {
-    return mmap(hint, length, PROT_NONE, flags, fd, 0);
+    return mmap(hint, length, PROT_NONE, flags, fd, (off_t)offset);
 }
 
 /*
@@ -61,9 +61,9 @@ static void *map_at(void *hint, uint64_t length, int flags, int fd)
  * aligned one fits into and maps there.  MAP_FIXED_NOREPLACE (4.17) never
  * replaces anything, so when another thread took the hole in between we look
  * again; an older kernel takes the address as a hint.  Over-reserving and
- * trimming would not do for a file, whose offset 0 belongs at the start.
+ * trimming would not do for a file, whose offset belongs at the start.
  */
-static void *map_aligned(uint64_t length, uint64_t align, int flags, int fd)
+static void *map_aligned(uint64_t length, uint64_t align, int flags, int fd, uint64_t offset)
 {
     for (int attempt = 0; attempt < 16; attempt++) {
         char *hole = mmap(NULL, length + align, PROT_NONE,
@@ -73,7 +73,7 @@ static void *map_aligned(uint64_t length, uint64_t align, int flags, int fd)
         munmap(hole, length + align);
 
         char *want = (char *)(((uintptr_t)hole + align - 1) & ~(uintptr_t)(align - 1));
-        void *got = map_at(want, length, flags | MAP_FIXED_NOREPLACE, fd);
+        void *got = map_at(want, length, flags | MAP_FIXED_NOREPLACE, fd, offset);
         if (got == want)
             return got;
         if (got != MAP_FAILED)
@@ -91,14 +91,14 @@ static void *map_aligned(uint64_t length, uint64_t align, int flags, int fd)
  * populate all of it; then munlock, so that what becomes accessible is not
  * locked; then access.  `locked` mappings (memfd_secret) are locked by nature.
  */
-int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable, int locked,
-               uint64_t *address)
+int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, uint64_t offset, int writable,
+               int locked, uint64_t *address)
 {
-    char *at = map_at(NULL, length, flags, fd);
+    char *at = map_at(NULL, length, flags, fd, offset);
 
     if (at != MAP_FAILED && (uintptr_t)at % align) {
         munmap(at, length);
-        at = map_aligned(length, align, flags, fd);
+        at = map_aligned(length, align, flags, fd, offset);
     }
     if (at == MAP_FAILED)
         return -errno;
@@ -283,7 +283,7 @@ int sm_pagemap_scan(int fd, const sm_scan *what, uint64_t start, uint64_t end,
     size_t room = sizeof found / sizeof *found;
     uint64_t required = what->all_of | what->none_of;
     struct scan_arg arg = {
-        .size = sizeof arg, .start = start, .end = end,
+        .size = sizeof arg, .flags = what->flags, .start = start, .end = end,
         .vec = (uint64_t)(uintptr_t)found, .vec_len = capacity < room ? capacity : room,
         .category_inverted = what->none_of, .category_mask = required,
         /* Nothing is returned of a page but that it matched, so neighbours that

@@ -73,23 +73,26 @@ static int issue_or_fail(sm_job *job, unsigned step, sm_run range)
  */
 enum { BATCH = 64, WORTH_A_VECTOR = 8 };
 
-static int vector_advice(const sm_job *job, unsigned step)
+static int vector_advice(unsigned step)
 {
     switch (step) {
     case SM_STEP_DONTNEED:
         return MADV_DONTNEED;
     case SM_STEP_REMOVE:
         return MADV_REMOVE;
-    case SM_STEP_UFFD_COPY:             /* only for larger ranges worth a call each     */
-    case SM_STEP_UFFD_ZEROPAGE:
-        if (job->uffd && job->uffd->purpose != SM_UFFD_FILL)
-            return -1;                  /* what traps is filled in no other way         */
-        /* fall through */
     case SM_STEP_POPULATE_WRITE:
         return MADV_POPULATE_WRITE;
     default:
         return -1;
     }
+}
+
+/* Many small ranges are not worth a call each: they are left to the populate that follows,
+ * which takes them all in one.  But what traps is filled in no other way. */
+static int is_fill(const sm_job *job, unsigned step)
+{
+    return (step == SM_STEP_UFFD_COPY || step == SM_STEP_UFFD_ZEROPAGE) &&
+           !(job->uffd && job->uffd->purpose != SM_UFFD_FILL);
 }
 
 /* The ranges' bytes [*did, total): *did grows by what was done. */
@@ -118,7 +121,7 @@ static int issue_vector(sm_job *job, int self, unsigned step, const sm_run *rang
             skip = 0;
         }
         job->calls++;
-        long bytes = syscall(SYS_process_madvise, self, vector, used, vector_advice(job, step), 0);
+        long bytes = syscall(SYS_process_madvise, self, vector, used, vector_advice(step), 0);
         if (bytes <= 0)
             return bytes ? -errno : -EIO;
         *did += (uint64_t)bytes;
@@ -199,7 +202,9 @@ static int step_over(sm_job *job, int self, unsigned step, const sm_run *ranges,
                      uint64_t total, uint64_t *did)
 {
     *did = 0;
-    if (self >= 0 && n >= WORTH_A_VECTOR && vector_advice(job, step) >= 0) {
+    if (self >= 0 && n >= WORTH_A_VECTOR && is_fill(job, step))
+        return 0;
+    if (self >= 0 && n >= WORTH_A_VECTOR && vector_advice(step) >= 0) {
         int error = issue_vector(job, self, step, ranges, n, total, did);
         /* EINVAL: locked since (see dontneed); the loop knows what to do. */
         if (error != -EINVAL || *did)
@@ -264,9 +269,10 @@ static int all_steps(sm_job *job, int self, unsigned most)
     unsigned n = gather(job, most, ranges, &total);
 
     job->begun = moved(job, job->at, total);
-    job->warmed = 0;
-    /* What came from the warm pool is populated: no step is left for it. */
-    for (unsigned i = 0; i < job->nsteps && job->warmed < total; i++) {
+    job->placed = 0;
+    /* Fresh pages that were put where nothing was: no step is left for such a chunk.  (No
+     * byte is placed twice, so their sum is the chunk only if all of it was.) */
+    for (unsigned i = 0; i < job->nsteps && job->placed < total; i++) {
         int error = step_over(job, self, job->steps[i], ranges, n, total, &did);
         if (error == -EINTR)
             return error;
@@ -293,7 +299,7 @@ static int told_to_stop(const sm_job *job)
  */
 static int advance(sm_job *job, uint64_t budget_ns)
 {
-    int64_t start = clock_ns();
+    int64_t start = budget_ns == UINT64_MAX ? 0 : clock_ns();
     /* Opened for each slice, for one that outlived a fork would mean the parent. */
     int self = job->vectored && job->nruns > WORTH_A_VECTOR
                    ? (int)syscall(SYS_pidfd_open, getpid(), 0) : -1;
@@ -306,6 +312,7 @@ static int advance(sm_job *job, uint64_t budget_ns)
         }
         code = all_steps(job, self, self < 0 ? 1 : BATCH);
         if (code == -EINTR || (code == SM_OK && job->at.run < job->nruns &&
+                               budget_ns != UINT64_MAX &&
                                (uint64_t)(clock_ns() - start) >= budget_ns))
             code = SM_MORE;
     }

@@ -30,6 +30,9 @@ int blocks_take_at_once(sm_blocks *b, sm_claim *claim, int want, uint64_t owner)
 
 int64_t clock_ns(void);
 
+/* Whether there is one, and it is no parent's (see uffd.c). */
+static inline int uffd_is_ours(const sm_uffd *u) { return u && u->ours && *u->ours; }
+
 int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length);
 
 #endif

@@ -49,10 +49,11 @@ enum { SM_FIRST, SM_LAST, SM_BEST };
 
 uint64_t *sm_bits_new(uint64_t nbits);
 void sm_bits_free(uint64_t *words, uint64_t nbits);
+void sm_bits_fill_shared(uint64_t *words, uint64_t first, uint64_t count, int value);
 void sm_bits_fill(uint64_t *words, uint64_t first, uint64_t count, int value);
 uint64_t sm_bits_count(const uint64_t *words, uint64_t first, uint64_t count);
 uint64_t sm_bits_next(const uint64_t *words, uint64_t from, uint64_t to, int value);
-size_t sm_bits_runs(const uint64_t *words, uint64_t from, uint64_t to, int value,
+size_t sm_bits_runs(const uint64_t *words, int value, uint64_t from, uint64_t to,
                     sm_run *out, size_t capacity, uint64_t *next);
 int sm_bits_find(const uint64_t *words, uint64_t nbits, uint64_t count, uint64_t align,
                  int fit, uint64_t *where);
@@ -70,7 +71,7 @@ typedef struct {
 /* ---- blocks: plugged, busy, tainted and pending, with claims and pins --------- */
 
 enum { SM_TO_PLUGGED, SM_TO_UNPLUGGED, SM_WITHIN_PLUGGED, SM_TAINTED_ONLY, SM_PENDING_ONLY,
-       SM_WHOLE };
+       SM_AS_IT_IS, SM_WHOLE };
 
 typedef struct sm_blocks sm_blocks;
 
@@ -142,7 +143,7 @@ enum {                      /* the steps that recipes are made of       */
     SM_STEP_LAST_PAGES, SM_STEP_FIRST_PAGES, SM_STEP_COLLAPSE,
     SM_STEP_UFFD_COPY, SM_STEP_UFFD_ZEROPAGE, SM_STEP_TOUCH, SM_STEP_MOVE,
     SM_STEP_COLD, SM_STEP_PAGEOUT, SM_STEP_ZERO_PAGES, SM_STEP_GUARD, SM_STEP_UNGUARD,
-    SM_STEP_FORBID, SM_STEP_ALLOW, SM_STEP_COUNT
+    SM_STEP_FORBID, SM_STEP_ALLOW, SM_STEP_UNPROTECT, SM_STEP_COUNT
 };
 
 typedef struct {            /* a fault for tests: the nth call of one step fails */
@@ -167,7 +168,7 @@ enum {                      /* what a userfaultfd is for                */
 typedef struct {            /* a userfaultfd, of one process            */
     int purpose;            /* set before it is opened                  */
     int fd;
-    int pid;
+    char *ours;             /* a byte that is 1, and 0 in a child       */
     char *zeroes;           /* so many bytes of the zero page           */
     uint64_t nzeroes;       /* set before it is opened, or a default    */
 } sm_uffd;
@@ -194,7 +195,8 @@ typedef struct {            /* what a thread watches                    */
 
 typedef struct sm_watch sm_watch;
 
-sm_watch *sm_watch_new(const sm_watched *what, int *error);
+sm_watch *sm_watch_new(const sm_watched *what);
+int sm_watch_start(sm_watch *watch);
 size_t sm_watch_wait(sm_watch *watch, sm_stray *out, size_t capacity);
 void sm_watch_counts(sm_watch *watch, uint64_t *caught, uint64_t *dropped);
 void sm_watch_stop(sm_watch *watch);
@@ -241,11 +243,11 @@ typedef struct {
     int failed;             /* the errno of a step that failed, or 0    */
     int intact;             /* what it failed on is as it was           */
     unsigned nsteps;
-    unsigned steps[6];
+    unsigned steps[8];
     sm_crew *crew;          /* NULL if one thread does all              */
     const sm_uffd *uffd;    /* or NULL                                  */
     sm_warm *warm;          /* or NULL                                  */
-    uint64_t warmed;        /* bytes of this chunk that came from there */
+    uint64_t placed;        /* bytes of this chunk put where nothing was */
     sm_fault *fault;        /* NULL but in tests                        */
 } sm_job;
 
@@ -280,10 +282,80 @@ void sm_blocks_watch(sm_blocks *blocks, int watched);
 int sm_shared_load16(uint64_t address);
 int sm_shared_store16(uint64_t address, uint16_t value);
 
+/* ---- snapshots: content on its way to a file and back ------------------------- */
+
+enum { SM_SNAPSHOT_READ = 1, SM_SNAPSHOT_WRITE };      /* what a sm_fault may hit */
+
+typedef struct {            /* one chunk of a snapshot                          */
+    uint64_t index;
+    uint64_t length;        /* bytes in the file; 0 for chunks of zeroes        */
+    uint64_t digest;        /* of those bytes; how many chunks if length is 0   */
+} sm_record;
+
+typedef struct {
+    const char *base;       /* address of offset 0                              */
+    int source;             /* a descriptor to read from instead, or -1         */
+    int target;             /* what to write to, or -1: see sm_save_advance()   */
+    uint64_t origin;        /* where in the target offset 0 is                  */
+    uint64_t size;          /* bytes of the region                              */
+    uint64_t chunk;
+    char *buffer;           /* of a chunk                                       */
+    const sm_run *chunks;   /* which chunks to look at                          */
+    size_t nchunks;
+    const sm_run *runs;     /* bytes, outside of which everything reads zero    */
+    size_t nruns;
+    size_t run;             /* the first one that matters still                 */
+    size_t at;              /* where in chunks it is,                           */
+    uint64_t done;          /*   and how many of that run are done              */
+    int zeroes;             /* whether chunks of zeroes are recorded            */
+    uint64_t ready;         /* bytes in the buffer that the caller must take    */
+    sm_record *records;     /* as many as there are chunks                      */
+    size_t nrecords;
+    uint64_t bytes;         /* looked at                                        */
+    uint64_t written;
+    uint64_t failed_at;     /* offset in the region of what could not be read   */
+    int failed_reading;     /* as opposed to writing                            */
+    sm_fault *fault;        /* NULL but in tests                                */
+} sm_save;
+
+typedef struct {
+    int source;
+    uint64_t origin;        /* where in the source offset 0 is                  */
+    uint64_t size;
+    uint64_t chunk;
+    char *buffer;           /* of a chunk                                       */
+    char *base;             /* where to put it; NULL to check it only           */
+    const sm_run *runs;     /* bytes that may be written to                     */
+    size_t nruns;
+    size_t run;
+    const sm_record *records;
+    size_t nrecords;
+    size_t at;
+    uint64_t checked;       /* offset in the source up to which all is checked, */
+    uint64_t end;           /*   and up to which it has to be                   */
+    uint64_t bytes;         /* of chunks, read                                  */
+    uint64_t failed_at;     /* offset in the source                             */
+    sm_fault *fault;
+} sm_load;
+
+typedef struct {            /* what records must be, and have been so far       */
+    uint64_t size, chunk;
+    uint64_t packed;        /* the most that a chunk may take; 0: its own size  */
+    int zeroes;             /* whether there may be records of zeroes           */
+    uint64_t next, stored;
+} sm_ledger;
+
+uint64_t sm_digest(uint64_t seed, const void *data, uint64_t length);
+int sm_save_advance(sm_save *job, uint64_t budget_ns);
+int sm_load_advance(sm_load *job, uint64_t budget_ns);
+void sm_load_put(sm_load *job, uint64_t start, const char *data, uint64_t length);
+int sm_runs_check(const sm_run *runs, size_t n, uint64_t limit, uint64_t *next);
+int sm_records_check(const sm_record *records, size_t n, sm_ledger *ledger);
+
 /* ---- single system calls --------------------------------------------------- */
 
-int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, int writable, int locked,
-               uint64_t *address);
+int sm_reserve(uint64_t length, uint64_t align, int flags, int fd, uint64_t offset, int writable,
+               int locked, uint64_t *address);
 int sm_reserve_placeholder(uint64_t address, uint64_t length);
 int sm_unmap(uint64_t address, uint64_t length);
 int sm_madvise(uint64_t address, uint64_t length, int advice);
@@ -303,6 +375,7 @@ typedef struct {
     uint64_t any_of;        /* categories of which a page has one       */
     uint64_t all_of;        /* categories that it must have             */
     uint64_t none_of;       /* categories that it must not have         */
+    uint64_t flags;         /* PM_SCAN_*                                */
 } sm_scan;
 
 int sm_pagemap_scan(int fd, const sm_scan *what, uint64_t start, uint64_t end,

@@ -140,7 +140,7 @@ static int zero(char *at, uint64_t length, uint64_t *calls)
  * `at` on that it has come past; where it traps, past pages that are there already, too,
  * and *kept tells of those.  *error is why it came no further.
  *
- * In a child after fork() the descriptor would still fill the parent's memory.
+ * In a child after fork() the descriptor would still fill the parent's memory (see uffd.c).
  */
 static uint64_t fill(sm_job *job, char *at, uint64_t length, int zeropage, int *kept, int *error)
 {
@@ -148,11 +148,12 @@ static uint64_t fill(sm_job *job, char *at, uint64_t length, int zeropage, int *
     uint64_t done = 0, again = 0;       /* the first call is counted already */
 
     *error = *kept = 0;
-    while (u && u->pid == getpid() && done < length) {
+    while (uffd_is_ours(u) && done < length) {
         uint64_t size = length - done < u->nzeroes ? length - done : u->nzeroes;
         struct uffdio_copy copy = {.dst = (uintptr_t)at + done, .src = (uintptr_t)u->zeroes,
                                    .len = size};
         struct uffdio_zeropage zero = {.range = {(uintptr_t)at + done, size}};
+
         job->calls += again++ > 0;
         int failed = zeropage ? ioctl(u->fd, UFFDIO_ZEROPAGE, &zero)
                               : ioctl(u->fd, UFFDIO_COPY, &copy);
@@ -175,9 +176,10 @@ static uint64_t fill(sm_job *job, char *at, uint64_t length, int zeropage, int *
 /*
  * Populates that way.  Where it is only to fill, the mapping is registered for write
  * protection, which nothing here uses: for that mode the kernel lets us fill, and neither
- * traps accesses nor bars huge pages.  Whatever it does not do (a page that is there
- * already, a mapping that changed, no memory) is left to MADV_POPULATE_WRITE, which goes on
- * and says why not.
+ * traps accesses nor bars huge pages.  It comes before the reset then, for the kernel
+ * itself refuses where there is anything (EEXIST), a stray write or the zero page.
+ * Whatever it does not do (for that, or since the mapping has changed, or for want of
+ * memory) is left to the steps that follow, which do all of it anew, or say why not.
  *
  * Where missing pages trap, MADV_POPULATE_WRITE would only say EFAULT of them, so the error
  * is that of the ioctl.  What was there may not be mapped here, or not for writing (a page
@@ -188,14 +190,16 @@ static int uffd_populate(sm_job *job, char *at, uint64_t length, int zeropage)
     int kept, error;
     uint64_t done = fill(job, at, length, zeropage, &kept, &error);
 
-    if (error && job->uffd->purpose != SM_UFFD_FILL)
-        return error;
-    if (kept)
-        done = 0;
-    if (done == length)
+    if (!job->uffd || job->uffd->purpose == SM_UFFD_FILL) {
+        job->placed += done;
         return 0;
-    job->calls += job->uffd != NULL;
-    return result(madvise(at + done, length - done, MADV_POPULATE_WRITE));
+    }
+    if (error)
+        return error;
+    if (!kept && done == length)
+        return 0;
+    job->calls++;
+    return result(madvise(at, length, MADV_POPULATE_WRITE));
 }
 
 /* Has discarded pages of private memory read zero without any memory, where they would trap. */
@@ -217,7 +221,7 @@ static void move_in(sm_job *job, char *at, uint64_t length)
     sm_warm *w = job->warm;
     const sm_uffd *u = job->uffd;
 
-    if (!w || !u || u->pid != getpid() || __atomic_exchange_n(&w->held, 1, __ATOMIC_ACQUIRE))
+    if (!w || !uffd_is_ours(u) || __atomic_exchange_n(&w->held, 1, __ATOMIC_ACQUIRE))
         return;
     uint64_t done = 0;
     int failed = length > w->ready || length % w->unit;
@@ -235,7 +239,7 @@ static void move_in(sm_job *job, char *at, uint64_t length)
         else
             failed = 1;     /* EAGAIN that has done nothing: not worth a wait */
     }
-    job->warmed += done;
+    job->placed += done;
     __atomic_store_n(&w->held, 0, __ATOMIC_RELEASE);
 }
 
@@ -288,6 +292,20 @@ static void collapse(sm_job *job, char *at, uint64_t length)
     }
 }
 
+/*
+ * Has pages count as written to, and takes off what a look at them has put on (sm_scan).  Before
+ * a discard, which would keep that as a mark in the page table (measured on 6.18: in files, and
+ * in all of hugetlb), where it looks like a swapped page.  Where it fails there is no mark.
+ */
+static void unprotect(const sm_job *job, char *at, uint64_t length)
+{
+    const sm_uffd *u = job->uffd;
+    struct uffdio_writeprotect range = {.range = {(uintptr_t)at, length}};
+
+    if (u && *u->ours)
+        ioctl(u->fd, UFFDIO_WRITEPROTECT, &range);
+}
+
 /* One step over one range; 0 or -errno.  What a failed one has done is unknown. */
 int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
 {
@@ -322,6 +340,9 @@ int step_issue(sm_job *job, unsigned step, uint64_t offset, uint64_t length)
         return uffd_populate(job, at, length, 1);
     case SM_STEP_MOVE:
         move_in(job, at, length);
+        return 0;
+    case SM_STEP_UNPROTECT:
+        unprotect(job, at, length);
         return 0;
     case SM_STEP_TOUCH:
         return touch(at, length, job->page, &job->calls);

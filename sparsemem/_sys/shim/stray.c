@@ -58,7 +58,8 @@ static void note(sm_watch *w, uint64_t offset, const struct uffd_msg *message)
 /*
  * Fills in one page and lets whoever waits for it go on: with the zero page where private
  * memory may have it, else with memory.  Where there is none left the page is poisoned, so
- * that the access is SIGBUS, as it is without protection; the next plug of the block heals it.
+ * that the access is SIGBUS, as it is without protection; that stays until it is filled in
+ * (a punch does not heal it, measured on 6.18), which the next plug of the block does.
  */
 static void resolve(const sm_watch *w, uint64_t address)
 {
@@ -133,40 +134,36 @@ static void *handle(void *argument)
     return NULL;
 }
 
-/* Signals are for threads that run Python. */
-static int start(sm_watch *w)
+/* Its userfaultfd and bitmap must outlive it; NULL if there is no memory. */
+sm_watch *sm_watch_new(const sm_watched *what)
+{
+    sm_watch *w = calloc(1, sizeof *w);
+
+    if (!w)
+        return NULL;
+    w->what = *what;
+    w->pid = getpid();
+    w->stop = -1;
+    pthread_mutex_init(&w->mutex, NULL);
+    pthread_cond_init(&w->more, NULL);
+    return w;
+}
+
+/* Once; 0 or -errno.  Signals are for threads that run Python. */
+int sm_watch_start(sm_watch *w)
 {
     sigset_t all, before;
     int error;
 
+    w->stop = eventfd(0, EFD_CLOEXEC);
+    if (w->stop < 0)
+        return -errno;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     error = pthread_create(&w->thread, NULL, handle, w);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     w->started = !error;
     return -error;
-}
-
-/* NULL and -errno, or a thread that watches; its userfaultfd and bitmap must outlive it. */
-sm_watch *sm_watch_new(const sm_watched *what, int *error)
-{
-    sm_watch *w = calloc(1, sizeof *w);
-
-    if (!w) {
-        *error = -ENOMEM;
-        return NULL;
-    }
-    w->what = *what;
-    w->pid = getpid();
-    w->stop = eventfd(0, EFD_CLOEXEC);
-    pthread_mutex_init(&w->mutex, NULL);
-    pthread_cond_init(&w->more, NULL);
-    *error = w->stop < 0 ? -errno : start(w);
-    if (*error) {
-        sm_watch_free(w);
-        return NULL;
-    }
-    return w;
 }
 
 /* Waits until something was noted, and takes it; 0 once it has ended and nothing is left. */
@@ -206,12 +203,14 @@ void sm_watch_stop(sm_watch *w)
     while (write(w->stop, &one, sizeof one) < 0 && errno == EINTR)
         ;
     pthread_join(w->thread, NULL);
+    close(w->stop);
+    w->stop = -1;
 }
 
 void sm_watch_free(sm_watch *w)
 {
     sm_watch_stop(w);
-    if (w->stop >= 0)
+    if (w->stop >= 0)       /* it never started, or is the parent's */
         close(w->stop);
     free(w);
 }

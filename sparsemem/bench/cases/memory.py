@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -42,6 +42,8 @@ class Kind:
         folder: Makes such a folder.
         pool: Size of its huge pages, if it takes them from a pool.
         measures_memory: Whether the memory used is measured, too.
+        brief: Whether only the best of ours and system calls are measured, since all else is
+            as for another kind.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Kind:
     folder: Callable[[], AbstractContextManager[str]] | None = None
     pool: int = 0
     measures_memory: bool = False
+    brief: bool = False
 
 
 @contextmanager
@@ -133,11 +136,12 @@ KINDS = (
     ),
     Kind(
         name="memfd-private-2m",
-        title="a private memfd, 2 MiB blocks",
+        title="a private memfd, 2 MiB blocks (small pages all the same)",
         backend=lambda folder: Memfd(shared=False),
         block_size=_LARGE,
         bare=Bare(mmap.MAP_PRIVATE, file=_memfd, discards=(lib.MADV_DONTNEED,), advice=lib.MADV_NOHUGEPAGE),
         measures_memory=True,
+        brief=True,
     ),
     Kind(
         name="hugetlb-anonymous",
@@ -176,13 +180,17 @@ def _case(kind: Kind) -> Case:
 @contextmanager
 def _ways(kind: Kind, lab: Lab) -> Iterator[list[Way]]:
     size = _size(kind, lab.scale.size)
+    thorough = lab.scale.thorough and not kind.brief
     with (kind.folder or _nowhere)() as folder:
         bare = attrs.evolve(kind.bare, folder=folder, measures_memory=kind.measures_memory)
-        ways = [*_ours(kind, lab, size, folder), *system_calls(lab, bare, size, kind.block_size)]
+        ways = [
+            *_ours(kind, lab, size, folder, STRATEGIES if thorough else STRATEGIES[:1]),
+            *system_calls(lab, bare, size, kind.block_size, thorough=thorough),
+        ]
         if bare.advice == lib.MADV_HUGEPAGE:
             small = attrs.evolve(bare, advice=lib.MADV_NOHUGEPAGE)
             ways += system_calls(lab, small, size, _SMALL, of=" of 4 KiB pages")
-        yield [*ways, *others(lab, bare, size)] if lab.scale.thorough else ways
+        yield [*ways, *others(lab, bare, size)] if thorough else ways
 
 
 def _size(kind: Kind, size: int) -> int:
@@ -196,11 +204,15 @@ def _size(kind: Kind, size: int) -> int:
     return min(size, free)
 
 
-def _ours(kind: Kind, lab: Lab, size: int, folder: str) -> Iterator[Way]:
+def _ours(kind: Kind, lab: Lab, size: int, folder: str, strategies: Iterable[str]) -> Iterator[Way]:
     """Each strategy with one thread and with all."""
-    memory = 0 if kind.pool else size
-    for strategy in STRATEGIES if lab.scale.thorough else STRATEGIES[:1]:
-        reason = _trial(partial(_region, kind, size, folder, strategy, 1))
+    memory, auto = 0 if kind.pool else size, ""
+    for strategy in strategies:
+        used, reason = _trial(partial(_region, kind, size, folder, strategy, 1))
+        if strategy == "auto":
+            auto = used
+        elif used == auto:
+            reason = "it is what auto takes"
         if reason:
             yield Way(f"sparsemem {strategy}", reason=reason)
             continue
@@ -214,13 +226,13 @@ def _region(kind: Kind, size: int, folder: str, strategy: str, threads: int) -> 
     return Region(size, block_size=kind.block_size, backend=backend, threads=threads)
 
 
-def _trial(make: Callable[[], Region]) -> str:
-    """Why there can be no such region, or ""."""
+def _trial(make: Callable[[], Region]) -> tuple[str, str]:
+    """The strategy that such a region uses, or why there can be none."""
     try:
-        make().close()
+        with make() as region:
+            return region.stats().strategy, ""
     except FAILURES as error:
-        return explain(error)
-    return ""
+        return "", explain(error)
 
 
 def _plug_and_unplug(make: Callable[[], Region], kind: Kind) -> Figures:

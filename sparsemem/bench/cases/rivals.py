@@ -61,8 +61,9 @@ class Bare:
             peers.advise(base, size, advice, step=step)
 
     def memory(self, size: int) -> int:
-        """Bytes that should be warm; those of a pool always are."""
-        return size if self.page == files.PAGE_SIZE else 0
+        """Bytes that should be warm; those of a pool always are, and a private file's are copied."""
+        copies = 2 if self.file is not None and self.flags & mmap.MAP_PRIVATE else 1
+        return copies * size if self.page == files.PAGE_SIZE else 0
 
     def used(self, address: int, fd: int, size: int) -> float:
         """How often the kernel has the memory: anonymous pages and those of the file, by its own accounting."""
@@ -70,16 +71,16 @@ class Bare:
         return (private + os.fstat(fd).st_blocks * 512) / size
 
 
-def system_calls(lab: Lab, bare: Bare, size: int, block: int, *, of: str = "") -> Iterator[Way]:
+def system_calls(lab: Lab, bare: Bare, size: int, block: int, *, of: str = "", thorough: bool = False) -> Iterator[Way]:
     """MADV_POPULATE_WRITE from C, and what QEMU does; `of` is added to the names."""
     way = partial(lab.in_c, memory=bare.memory(size))
     yield way(f"C populate_write{of}", partial(_advised, bare, size, size))
-    if lab.scale.thorough:
+    if thorough:
         yield way(f"C populate_write{of}, block by block", partial(_advised, bare, size, block))
     for name, threads, reason in lab.threads():
         populate = partial(_preallocated, bare, size, threads)
         yield way(f"QEMU populate_write{of}, {name}", partial(populate, touch=False), reason=reason)
-        if lab.scale.thorough:
+        if thorough:
             yield way(f"QEMU touch{of}, {name}", partial(populate, touch=True), reason=reason)
 
 

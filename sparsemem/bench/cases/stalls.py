@@ -69,10 +69,11 @@ def _busy_thread() -> Iterator[None]:
 def _ways(block: int, lab: Lab) -> Iterator[list[Way]]:
     size = lab.scale.watched
     ways = [lab.in_c(_WHOLE, partial(_bare, lab, size, block), memory=size)]
-    for name, threads, reason in (("", None, ""), *((f", {name}", n, why) for name, n, why in lab.threads())):
+    # As many as the library takes by itself, and one: what a busy thread takes away from that is no processor.
+    for name, threads in (("", None), (", 1 thread", 1)):
         for beside, busy in (("", False), (", beside a busy Python thread", True)):
             plug = partial(_plug, lab, size, block, threads, busy)
-            ways.append(Way(f"sparsemem{name}{beside}", plug, reason, size))
+            ways.append(Way(f"sparsemem{name}{beside}", plug, memory=size))
     yield ways
 
 
