@@ -24,8 +24,12 @@ from sparsemem.backends.simulated import SimulatedMapping
 
 pytestmark = pytest.mark.promise("interrupt-safe")
 
-MODULES = ("region", "advice", "operations", "listeners", "blocks", "engine")
-FILES = {sys.modules[f"sparsemem.{name}"].__file__ for name in MODULES}
+MODULES = ("region", "advice", "listeners", "blocks", "engine")
+OPERATIONS = ("operation", "plug", "unplug", "resize", "inner", "whole")
+FILES = {
+    *(sys.modules[f"sparsemem.{name}"].__file__ for name in MODULES),
+    *(sys.modules[f"sparsemem.operations.{name}"].__file__ for name in OPERATIONS),
+}
 assert sparsemem
 BLOCK = 64 << 10
 PLUGGED = {0, 1, 6, 7}

@@ -43,7 +43,11 @@ ADDRESS = 1 << 32
 PLUG, UNPLUG, UNPLUG_ALL, STATE = range(4)
 ACK, NACK, BUSY, ERROR = range(4)
 OURS = {module.__file__ for module in (backend, state, replace, sparsemem.virtio.queue, sparsemem.virtio.mem)}
-DEEPER = OURS | {sys.modules[f"sparsemem.{name}"].__file__ for name in ("region", "operations", "engine", "blocks")}
+DEEPER = OURS | {
+    module.__file__
+    for name, module in sys.modules.items()
+    if name in ("sparsemem.region", "sparsemem.engine", "sparsemem.blocks") or name.startswith("sparsemem.operations.")
+}
 
 
 @define

@@ -1,0 +1,198 @@
+"""Unplugging, and what discards later what was unplugged: checked completely first, for a discard cannot be undone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from sparsemem.blocks import Claim, Map, Want
+from sparsemem.deferral import Deferral
+from sparsemem.engine import UNWATCHED, Control, StepFailedError, Work
+from sparsemem.errors import BlockStateError, DeadlineError, DiscardError, OperationCancelledError, Run
+from sparsemem.listeners import Announcement
+from sparsemem.operations.operation import Core, Operation, execute, require_discard
+from sparsemem.runs import EMPTY, clip, join, subtract, to_blocks
+
+
+def unplug_at_once(core: Core, first: int, count: int) -> bool:
+    """The short way of an unplug; False if nothing has changed.
+
+    Raises:
+        DiscardError: It failed; the blocks are tainted.
+    """
+    quick = core.quick
+    if quick is None or not type(first) is type(count) is int:
+        return False
+    try:
+        done = quick.unplug(first, count)
+    except OverflowError:
+        return False
+    if done < 0:
+        core.tally.failed(rolled_back=False)
+        error = discard_error(-done, first)
+        error.tainted = ((first, count),)
+        raise error
+    return done > 0
+
+
+def discard_error(errno: int, block: int, *, intact: bool = False) -> DiscardError:
+    """The error of an unplug that failed on a block; `intact` if that is as it was."""
+    did, left = ("protect", "the others are as they were") if intact else ("discard", _TAINTED)
+    return DiscardError(
+        errno, f"cannot {did} block {block}: {os.strerror(errno)}; what was discarded before is unplugged, {left}"
+    )
+
+
+_TAINTED = "the blocks that it failed on are tainted"
+
+
+class Unplug(Operation):
+    """claim -> listeners -> discard -> commit: checked completely first, for a discard cannot be undone.
+
+    Also what mends tainted blocks (`Want.TAINTED_ONLY`): those that are plugged
+    become unplugged then, as was asked for when they were tainted.  And what
+    discards those that were unplugged before (`Want.PENDING_ONLY`).
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        claim: Claim,
+        *,
+        want: Want = Want.TO_UNPLUGGED,
+        strict: bool = True,
+        control: Control = UNWATCHED,
+    ) -> None:
+        super().__init__(core, claim)
+        self._control = control
+        self._want = want
+        self._strict = strict
+        self._victims = EMPTY
+        self._announcement: Announcement | None = None
+        self._work: Work | None = None
+        self._settled: tuple[list[Run], list[Run]] | None = None
+
+    def perform(self) -> int:
+        core, claim = self.core, self.claim
+        started = time.monotonic()
+        require_discard(core.mapping)
+        if self._want is Want.TO_UNPLUGGED:
+            flush_due(core)
+        claim.take(self._want, self._strict)
+        # A copy, since the claim will have the gaps in between, too.
+        self._victims = claim.select(_VICTIMS[self._want], True)
+        if self._victims.n == 0:
+            claim.finish()
+            return 0
+        if core.listeners and self._want is not Want.PENDING_ONLY:
+            plugged = claim.select(Map.PLUGGED, True)
+            # Before the discard: afterwards nobody may fault the memory in again.
+            self._announcement = Announcement(core.listeners, "on_unplug", plugged)
+            self._announcement.tell()
+        if core.deferral is not None and self._want is Want.TO_UNPLUGGED and not claim.select(Map.TAINTED, True).n:
+            changed = claim.finish(unplugged=self._victims, pending=self._victims)
+            core.deferral.note()
+            core.tally.unplugged(changed << core.shift, 0, time.monotonic() - started)
+            return changed
+        # Claimed only now: a listener may have worked on blocks in the gaps.
+        self._work = core.work("discard", claim.bridge(self._victims, core.mapping.bridge >> core.shift))
+        try:
+            self._work.run(self._control)
+        except StepFailedError as failure:
+            intact = self._work.touched() == self._work.done()
+            raise discard_error(failure.errno, failure.offset >> core.shift, intact=intact) from None
+        changed = claim.finish(unplugged=self._victims, healed=self._victims)
+        if self._want is Want.PENDING_ONLY:
+            core.tally.flushed(self._work.calls, time.monotonic() - started)
+            return self._victims.total
+        core.tally.unplugged(changed << core.shift, self._work.calls, time.monotonic() - started)
+        return changed
+
+    def undo(self, error: BaseException | None) -> None:
+        core, claim = self.core, self.claim
+        if not claim.open:
+            return
+        if self._settled is None:  # once: what is announced below must stay true
+            self._settled = self._settle()
+        victims = list(self._victims)
+        done, failed = (clip(runs, victims) for runs in self._settled)
+        remaining = subtract(victims, done)
+        if self._announcement is not None:
+            self._announcement.take_back(only=remaining)
+        gone, tainted = core.block_runs(done), core.block_runs(failed)
+        changed = claim.finish(unplugged=gone, healed=gone, tainted=tainted)
+        core.tally.failed(rolled_back=False, unplugged=changed << core.shift)
+        if isinstance(error, (DiscardError, OperationCancelledError, DeadlineError)):
+            error.discarded, error.tainted = tuple(done), tuple(failed)
+            error.remaining = tuple(subtract(remaining, failed))
+
+    def _settle(self) -> tuple[list[Run], list[Run]]:
+        """Brings the work to a block boundary: blocks that are gone, and those of unknown content."""
+        work, shift = self._work, self.core.shift
+        if work is None:
+            return [], []
+        step_failed = work.step_failed
+        if not step_failed:
+            try:
+                work.complete_unit(shift)
+            except StepFailedError:
+                step_failed = True
+        done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
+        # All of a failed call's range: MADV_DONTNEED goes on past a hole and
+        # still returns ENOMEM.
+        begun = to_blocks(work.touched(), shift)
+        return done, subtract(begun, done) if step_failed else []
+
+
+_VICTIMS = {
+    Want.TO_UNPLUGGED: Map.PLUGGED,
+    Want.TAINTED_ONLY: Map.TAINTED,
+    Want.PENDING_ONLY: Map.PENDING,
+}
+
+
+def flush(core: Core, control: Control = UNWATCHED) -> int:
+    """Discards what is pending and in nobody's hands; the bytes.
+
+    Raises:
+        As Unplug: what failed is tainted, and pending no more.
+    """
+    deferral = core.deferral
+    if deferral is None:
+        return 0
+    since, deferral.since = deferral.since, None
+    try:
+        pending = subtract(list(core.blocks.runs(Map.PENDING, True)), list(core.blocks.runs(Map.BUSY, True)))
+        if not pending:
+            return 0
+        claim = Claim(core.blocks, core.block_runs(pending))
+        return execute(Unplug(core, claim, want=Want.PENDING_ONLY, strict=False, control=control)) << core.shift
+    except BaseException:
+        deferral.since = since  # the rest of it is due all the same
+        raise
+
+
+def flush_due(core: Core) -> None:
+    """Discards what has been pending for long enough; a failure is kept for `Region.flush` to tell."""
+    if core.deferral is not None and core.deferral.due:
+        _flush_quietly(core, core.deferral)
+
+
+def _flush_quietly(core: Core, deferral: Deferral) -> int:
+    try:
+        return flush(core)
+    except DiscardError as error:
+        deferral.failure = error
+    except BlockStateError:
+        pass  # a circle of threads that wait for each other: later, then
+    return 0
+
+
+def relieve(core: Core) -> bool:
+    """Gives back what is not needed this moment, pending blocks and the warm pool; whether there was any."""
+    given = 0 if core.deferral is None else _flush_quietly(core, core.deferral)
+    if core.warm is not None:
+        with contextlib.suppress(StepFailedError):
+            given += core.warm.give_back()
+    return given > 0
