@@ -100,7 +100,7 @@ def test_statistics_tell_what_was_done() -> None:
         assert (stats.plugs, stats.plugged_bytes) == (1, 4 << 16)
         assert (stats.unplugs, stats.unplugged_bytes) == (1, 1 << 16)
         assert stats.plugged_size == 3 << 16
-        assert stats.system_calls >= 3
+        assert stats.system_calls >= 2  # a fill in a place that is empty needs no discard first
         assert (stats.rollbacks, stats.tainted_size, stats.busy_size, stats.pending_size) == (0, 0, 0, 0)
 
 

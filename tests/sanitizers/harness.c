@@ -142,7 +142,8 @@ static void operate(uint64_t *state)
 
             sm_claim_finish(claim, &outcome, 0);
         } else {
-            CHECK(!sm_blocks_mark_pages(map, claim->runs[0].first * (BLOCK / PAGE), 2, (int)(chance(state) % 2)));
+            sm_run pages = {claim->runs[0].first * BLOCK, 2 * PAGE};
+            CHECK(!sm_blocks_mark_pages(map, &pages, 1, (int)(chance(state) % 2)));
             if (chance(state) % 4)
                 sm_claim_finish(claim, NULL, 0);    /* else it is dropped open, and taints */
         }
@@ -530,7 +531,7 @@ static void part_bits(uint64_t seed)
             for (where = first; where < nbits && plain[where] != value; where++)
                 ;
             CHECK(sm_bits_next(words, first, nbits, value) == where);
-            size_t n = sm_bits_runs(words, 0, nbits, value, runs, 16, &next);
+            size_t n = sm_bits_runs(words, value, 0, nbits, runs, 16, &next);
             for (size_t r = 0; r < n; r++)
                 for (uint64_t b = runs[r].first; b < runs[r].first + runs[r].count; b++)
                     CHECK(plain[b] == value);
@@ -562,7 +563,7 @@ static void part_calls(uint64_t seed)
         size_t n = 0;
         sm_run out[3];
 
-        CHECK(!sm_reserve(size, align, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 1, 0, &address));
+        CHECK(!sm_reserve(size, align, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, 1, 0, &address));
         CHECK(address % align == 0);
         for (int i = 0; i < 20; i++)
             ((char *)address)[chance(&state) % size] = 1;

@@ -32,7 +32,8 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 pytest.skip("needs gcc")
             sources = [HERE / "harness.c", *sorted(SHIM.glob("*.c"))]
             flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=undefined", "-std=gnu11", "-g", "-O1"]
-            command = ["gcc", *flags, "-Wall", "-Wextra", "-Werror", "-I", SHIM, *sources, "-lpthread"]
+            # ThreadSanitizer knows no fences, and gcc warns of the one in shared.c, which no part works with.
+            command = ["gcc", *flags, "-Wall", "-Wextra", "-Werror", "-Wno-tsan", "-I", SHIM, *sources, "-lpthread"]
             done = subprocess.run([*command, "-o", program], capture_output=True, text=True, check=False)
             if "cannot find" in done.stderr:
                 pytest.skip(f"needs the compiler's sanitizer libraries (-fsanitize={sanitizer})")
