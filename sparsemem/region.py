@@ -221,6 +221,7 @@ class Region:
                 deferral=_deferrable(deferral, self._mapping),
                 warm=Warm(self._mapping, ready) if ready else None,
             )
+            self._tracker = Tracker(self._core)  # idle, and next to nothing, until a save asks for it
             refill(self._core)
             self._adopt(given)
             if catch_stray is not None:
@@ -1089,8 +1090,7 @@ class Region:
             str(self._backend),
             compress=compress,
             follow_symlinks=follow_symlinks,
-            # One for the region, whichever thread is first: in one step.
-            tracker=None if dirty is False else vars(self).setdefault("_tracker", Tracker(self._core)),
+            tracker=None if dirty is False else self._tracker,
             base=None if isinstance(dirty, bool) else os.fsdecode(dirty),
             full=full,
             control=control,

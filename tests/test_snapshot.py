@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ from sparsemem import (
 )
 from sparsemem.backends import Backend
 from sparsemem.recipes import Step
+from tests.support import accounting
 from tests.support.children import run_child
 from tests.support.injector import Injector
-from tests.support.kinds import KINDS, Made, every_kind_once, make, need_disk
+from tests.support.kinds import KINDS, Made, every_kind_once, make, need_disk, need_protection
 from tests.support.snapshots import PAGE, allocated, contents, data_runs, fill, write
 
 BLOCK = 64 << 10
+HUGE = 2 << 20
 COMPRESS = [None, "zstd"]
 both = pytest.mark.parametrize("compress", COMPRESS)
 
@@ -247,6 +250,44 @@ def test_an_unpopulated_page_stays_so(path: Path) -> None:
                 held = contents(other)
             assert held[1] == bytes(1 << 20)
             assert held[0] == contents(region)[0]
+
+
+def test_huge_pages_that_nobody_can_see_are_looked_at_as_the_documentation_says(
+    path: Path, huge_pool: Callable[[int], object], hugetlbfs_mount: Callable[[], Path]
+) -> None:
+    """If the kernel ever tells of them, it may promise more."""
+    huge_pool(16)
+    template = hugetlbfs_mount() / "template"
+    template.touch()
+    os.truncate(template, HUGE * 4)  # holes alone
+    for backend in (Anonymous(hugetlb="2M", shared=True), File(template, shared=False)):
+        with Region(HUGE * 4, block_size=HUGE, backend=backend) as region:
+            region.plug(0, 2)
+            region.discard(0, HUGE)
+            free = accounting.huge_pool().free
+            region.save(path)
+            assert accounting.huge_pool().free == free - 1
+            assert region.audit().ok
+            with Region.restore(path) as other:
+                assert contents(other) == contents(region) == {0: bytes(HUGE), 1: bytes(HUGE)}
+
+
+def test_a_trap_on_huge_pages_that_nobody_can_see_is_an_error_until_they_are_populated(
+    path: Path, huge_pool: Callable[[int], object]
+) -> None:
+    huge_pool(16)
+    need_protection("trap")
+    with Region(HUGE * 4, block_size=HUGE, backend=Anonymous(hugetlb="2M", shared=True), protection="trap") as region:
+        region.plug(0, 2)
+        write(region, HUGE, b"content")
+        region.discard(0, HUGE)
+        with pytest.raises(SnapshotIOError, match="cannot read block 0"):
+            region.save(path)
+        assert not path.exists()
+        region.populate(0, HUGE)
+        region.save(path)
+        with Region.restore(path) as other:
+            assert contents(other) == contents(region)
 
 
 def test_symbolic_links_are_not_followed_unless_asked(path: Path) -> None:

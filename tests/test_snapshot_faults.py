@@ -525,10 +525,10 @@ def test_a_save_interrupted_at_every_line(compress: str | None, dirty: bool, pat
             if dirty:
                 # However that was: with what comes next the chain has all of it.
                 second, told = path.with_name("second"), snapshot.describe(first).id
-                if path.read_bytes() != OLD and region._tracker.base == snapshot.describe(path).id:  # type: ignore[attr-defined]
+                if path.read_bytes() != OLD and region._tracker.base == snapshot.describe(path).id:
                     chain.append(path)
                 else:
-                    assert region._tracker.base == told  # type: ignore[attr-defined]
+                    assert region._tracker.base == told
                 region.save(second, dirty=True)
                 with Region.restore(second, base=chain) as other:
                     assert contents(other) == contents(region), n

@@ -28,6 +28,8 @@ from sparsemem.runs import clip
 class Tracker:
     """Follows one region, from the first save on; thread-safe.
 
+    Until then it has no bitmaps: they are made in the first save's turn, which one thread has at a time.
+
     Without a lock that an interrupt could leave held: each block's bits are only touched by who has
     its claim, the rest by whoever has the turn to save.
 
@@ -40,9 +42,8 @@ class Tracker:
         self._pid = os.getpid()
         self._page = core.mapping.page_size
         self._per_block = core.block_size // self._page
-        npages = core.mapping.size // self._page
-        self._changed = Bitmap(npages)
-        self._saving = Bitmap(npages)
+        self._changed: Bitmap
+        self._saving: Bitmap
         self._turn: Any = ffi.new("sm_warm *")  # of which only the lock is used
         self.base: str | None = None
         """The id of the last save."""
@@ -80,9 +81,9 @@ class Tracker:
         try:
             if not lib.sm_hold_take(hold, self._turn, threading.get_ident()):
                 raise SnapshotError("another save with dirty= of the same region is under way")
+            self._check_last(last)
+            self._begin()
             try:
-                self._check_last(last)
-                self._begin()
                 self._give_back()  # of one that was interrupted in the line below
                 yield
             finally:
@@ -102,6 +103,8 @@ class Tracker:
     def _begin(self) -> None:
         if not any(known is self for known in self._core.listeners):
             self._core.mapping.track()
+            npages = self._core.mapping.size // self._page
+            self._changed, self._saving = Bitmap(npages), Bitmap(npages)
             # It is told of all that is plugged: all of it has changed.
             execute(Join(self._core, self))
 

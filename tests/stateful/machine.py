@@ -4,7 +4,7 @@ What may be chosen when a region is made (headroom, fork, late discards, a warm 
 each example. Where an outcome is not determined (threads, a failed discard), what came of it must be one of those
 allowed, and the model is brought in line with it.
 
-The rules are in layers: `changing`, `contents`, `trouble`, and those of several threads and processes here.
+The rules are in layers: `changing`, `contents`, `trouble`, `saving`, and those of several threads and processes here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from hypothesis.stateful import rule
 from sparsemem import BlockStateError, ForkedRegionError
 from tests.stateful.driver import counts, first_blocks
 from tests.stateful.model import FRESH
-from tests.stateful.trouble import Trouble
+from tests.stateful.saving import Saving
 from tests.support.children import run_child
 
 
-class RegionMachine(Trouble):
+class RegionMachine(Saving):
     """All rules; those that come last are about who else is there."""
 
     @rule(
