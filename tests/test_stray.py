@@ -87,6 +87,7 @@ def threads() -> int:
 # ---- what it tells ----------------------------------------------------------------------------
 
 
+@pytest.mark.promise("strays-are-caught")
 @every_trapping
 def test_an_access_goes_through_and_is_told(made: Made, seen: Seen) -> None:
     with made.region(8 * made.kind.block_size, catch_stray=seen) as region:
@@ -144,6 +145,7 @@ def test_it_needs_no_privilege(seen: Seen) -> None:
     assert unprivileged(child).result() == [3]
 
 
+@pytest.mark.promise("strays-are-caught")
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_a_store_that_holds_the_gil_never_waits_for_python(backend: Backend) -> None:
     """The fault is resolved although no Python thread can run until the store is done."""
@@ -196,6 +198,7 @@ def test_pages_discarded_in_a_plugged_block_come_back_and_are_not_told(made: Mad
         assert region.audit().ok
 
 
+@pytest.mark.promise("strays-are-caught")
 def test_strays_while_blocks_are_plugged_and_unplugged(seen: Seen) -> None:
     """Neither waits for the other, and nothing strays into what is plugged."""
     stop = threading.Event()
