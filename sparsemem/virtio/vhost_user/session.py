@@ -324,6 +324,8 @@ class Session:
         except BlockingIOError:
             self._backend.config_pending = True
             return
+        except (BrokenPipeError, ConnectionResetError):
+            whole = False  # it is about to go, or wants to hear no more: no trouble of ours
         except OSError as error:
             _log.warning("%s: cannot tell the frontend of the configuration: %s", self._backend.name, error)
             whole = False
