@@ -57,6 +57,7 @@ def path(tmpfs_folder: Path) -> Path:
 # ---- there and back -----------------------------------------------------------------------------
 
 
+@pytest.mark.promise("snapshot-comes-back")
 @both
 @every_kind_once
 def test_every_kind_there_and_back(made: Made, compress: str | None, tmpfs_folder: Path) -> None:
@@ -85,6 +86,7 @@ def test_every_kind_there_and_back(made: Made, compress: str | None, tmpfs_folde
             assert (other.size, other.block_size) == (region.size, region.block_size)
 
 
+@pytest.mark.promise("snapshot-comes-back")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.has_memory], ids=lambda kind: kind.id)
 def test_into_every_kind(kind: Any, request: pytest.FixtureRequest, path: Path) -> None:
     made = make(kind, request)
@@ -104,6 +106,7 @@ def test_into_every_kind(kind: Any, request: pytest.FixtureRequest, path: Path) 
         assert other.backend is made.backend
 
 
+@pytest.mark.promise("snapshot-comes-back")
 @both
 @given(data=st.data())
 def test_against_a_model(compress: str | None, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -227,6 +230,7 @@ def test_compression_makes_it_smaller(path: Path) -> None:
         assert contents(region) == held
 
 
+@pytest.mark.promise("private-to-its-user")
 def test_it_is_private_to_its_user_whatever_the_umask(path: Path) -> None:
     before = os.umask(0)
     try:
@@ -290,6 +294,7 @@ def test_a_trap_on_huge_pages_that_nobody_can_see_is_an_error_until_they_are_pop
             assert contents(other) == contents(region)
 
 
+@pytest.mark.promise("private-to-its-user")
 def test_symbolic_links_are_not_followed_unless_asked(path: Path) -> None:
     link = path.with_name("link")
     link.symlink_to(path.name)
@@ -337,6 +342,7 @@ def test_relative_names_and_names_as_long_as_may_be(tmpfs_folder: Path, monkeypa
             assert region.is_plugged(1)
 
 
+@pytest.mark.promise("snapshot-is-whole-or-not-there")
 def test_where_a_file_needs_a_name(path: Path, inject: Injector) -> None:
     """A file system without O_TMPFILE, as NFS: there it has one that begins with a dot, until it is whole."""
     names: list[str] = []
@@ -515,6 +521,7 @@ def test_progress_grows_to_the_end(compress: str | None, block_size: int, path: 
         check_progress(calls, size)
 
 
+@pytest.mark.promise("snapshot-is-whole-or-not-there")
 @both
 @pytest.mark.parametrize("how", ["cancel", "deadline", "raise", "OSError"])
 @pytest.mark.parametrize("when", [0, 1, 3])
@@ -569,6 +576,7 @@ def test_arguments_are_checked_before_anything_happens(path: Path) -> None:
 # ---- while others work ------------------------------------------------------------------------
 
 
+@pytest.mark.promise("snapshot-state-is-per-block")
 @pytest.mark.parametrize("backend", [Anonymous(), Memfd(), Memfd(shared=False)], ids=str)
 def test_views_may_be_alive_and_write(backend: Backend, path: Path) -> None:
     """Content that changes meanwhile may be torn, but the file is sound: what was digested is what was written."""
@@ -595,6 +603,7 @@ def test_views_may_be_alive_and_write(backend: Backend, path: Path) -> None:
             writer.join()
 
 
+@pytest.mark.promise("snapshot-state-is-per-block")
 @both
 def test_blocks_come_and_go_meanwhile(compress: str | None, path: Path) -> None:
     """Each block is saved in a state that it had: whole, or not at all."""

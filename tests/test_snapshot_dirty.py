@@ -70,6 +70,7 @@ def check_sound(region: Region) -> None:
 # ---- what is saved ------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("snapshot-comes-back")
 @both
 @every_viewable
 def test_every_kind_saves_what_changed(made: Made, compress: str | None, folder: Path) -> None:
@@ -204,6 +205,7 @@ class Modelled:
         check_sound(self.region)
 
 
+@pytest.mark.promise("snapshot-comes-back")
 @pytest.mark.parametrize("kind", MODELLED)
 @settings(max_examples=60)
 @given(operations=OPERATIONS)
@@ -266,6 +268,7 @@ def test_a_chain_in_any_order(chain: list[Path]) -> None:
         assert [held[:8] for held in contents(region).values()] == [b"number 0", b"number 1", bytes(8), bytes(8)]
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_a_chain_with_a_link_missing(chain: list[Path]) -> None:
     ids = [snapshot.describe(path).id for path in chain]
     with pytest.raises(
@@ -280,6 +283,7 @@ def test_a_chain_with_a_link_missing(chain: list[Path]) -> None:
         Region.restore(chain[2], base=chain)
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_a_corrupted_link_is_found_before_anything_is_made(chain: list[Path], folder: Path) -> None:
     told = snapshot.describe(chain[1])
     with chain[1].open("r+b") as file:
@@ -354,6 +358,7 @@ def test_a_restored_region_begins_a_chain_of_its_own(chain: list[Path], folder: 
 # ---- what keeps working ---------------------------------------------------------------------------
 
 
+@pytest.mark.promise("snapshot-comes-back")
 def test_a_failed_save_loses_no_change(folder: Path, inject: Injector) -> None:
     with Region("1M", block_size=BLOCK) as region:
         region.plug(0, 4)
@@ -387,6 +392,7 @@ def test_one_at_a_time(folder: Path) -> None:
     assert sorted(os.listdir(folder)) == ["0", "1", "alone"]
 
 
+@pytest.mark.promise("snapshot-comes-back")
 def test_writers_at_work_lose_nothing_in_the_end(folder: Path) -> None:
     """What is stored during a save is in that one or in the next."""
     chain = []
@@ -418,6 +424,7 @@ def test_writers_at_work_lose_nothing_in_the_end(folder: Path) -> None:
         assert restored(chain) == contents(region)
 
 
+@pytest.mark.promise("snapshot-state-is-per-block")
 def test_blocks_come_and_go_during_incremental_saves(folder: Path) -> None:
     chain = []
     with Region("16M", block_size=BLOCK) as region:

@@ -122,6 +122,7 @@ def without_unnamed(inject: Injector) -> None:
     )
 
 
+@pytest.mark.promise("snapshot-is-whole-or-not-there")
 @both
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
 @pytest.mark.parametrize("call", [call for call in ERRNOS if call != "pread"])
@@ -161,6 +162,7 @@ def test_every_call_of_a_save_may_fail(
             assert contents(other) == contents(region)
 
 
+@pytest.mark.promise("snapshot-is-whole-or-not-there")
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
 def test_every_content_that_cannot_be_read_or_written(named: bool, path: Path, inject: Injector) -> None:
     with make_region() as region:
@@ -205,6 +207,7 @@ def test_a_temporary_that_cannot_be_removed_is_no_snapshot_for_long(path: Path, 
 # ---- every call of a restore ------------------------------------------------------------------------
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 @pytest.mark.parametrize("lazy", [False, True], ids=["copied", "lazy"])
 @pytest.mark.parametrize("call", ["open", "fstat", "pread", "reserve", "duplicate", "statvfs"])
 def test_every_call_of_a_restore_may_fail(call: str, lazy: bool, path: Path, inject: Injector) -> None:
@@ -257,6 +260,7 @@ EXISTING = [
 ]
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 @pytest.mark.parametrize(("strategy", "step"), EXISTING, ids=str)
 def test_a_plug_that_fails_leaves_a_file_that_was_there_empty(
     strategy: str, step: Step, path: Path, inject: Injector
@@ -284,6 +288,7 @@ def test_a_plug_that_fails_leaves_a_file_that_was_there_empty(
     assert failed
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_corruption_found_late_is_undone(path: Path) -> None:
     with make_region() as region:
         told = region.save(path)
@@ -305,6 +310,7 @@ def test_corruption_found_late_is_undone(path: Path) -> None:
 # ---- real faults --------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("snapshot-is-whole-or-not-there")
 @both
 @pytest.mark.parametrize("room", [1, 5, 17, 33, 49], ids=lambda room: f"{room}x64K")
 def test_a_disk_that_is_full(compress: str | None, room: int, tmpfs_mount: Callable[..., Path]) -> None:
@@ -323,6 +329,7 @@ def test_a_disk_that_is_full(compress: str | None, room: int, tmpfs_mount: Calla
         check_unheld(region)
 
 
+@pytest.mark.promise("snapshot-is-whole-or-not-there")
 def test_room_for_the_content_and_none_for_the_tables(tmpfs_mount: Callable[..., Path]) -> None:
     """The header comes last: whatever is missing, there is no file."""
     outcomes = set()
@@ -448,6 +455,7 @@ GENERATIONS = textwrap.dedent(
 )
 
 
+@pytest.mark.promise("snapshot-is-whole-or-not-there")
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("named", ["unnamed", "named"])
@@ -500,6 +508,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_interrupts, "FILES", test_interrupts.FILES | files)
 
 
+@pytest.mark.promise("snapshot-is-whole-or-not-there")
 @both
 @pytest.mark.parametrize("dirty", [False, True], ids=["full", "dirty"])
 def test_a_save_interrupted_at_every_line(compress: str | None, dirty: bool, path: Path, traced: None) -> None:
@@ -707,6 +716,7 @@ def test_views_alive_do_not_matter_to_a_save_nor_a_save_to_them(path: Path) -> N
             assert saved[10:] == view[10:BLOCK]
 
 
+@pytest.mark.promise("snapshot-state-is-per-block")
 @pytest.mark.parametrize("backend", [Anonymous(), Memfd(), Memfd(shared=False)], ids=str)
 def test_plugs_and_unplugs_in_other_threads(backend: Any, path: Path) -> None:
     """A block is saved with the content of one life, if it is written to only under a view."""

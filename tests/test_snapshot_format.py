@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsemem import BackendExhaustedError, Budget, Region, Snapshot, SnapshotError, snapshot
+from sparsemem import BackendExhaustedError, Budget, File, Region, Snapshot, SnapshotError, snapshot
 from sparsemem._sys import lib
 from sparsemem.snapshot.format import (
     DATA_OFFSET,
@@ -180,6 +181,7 @@ def interesting(data: bytes) -> list[int]:
     return sorted({0, 1, *(edge + by for edge in edges for by in (-1, 0, 1) if 0 <= edge + by < len(data))})
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 @both
 def test_a_file_that_was_cut_off_anywhere(compress: str | None, path: Path) -> None:
     data, _ = save(path, compress)
@@ -190,6 +192,7 @@ def test_a_file_that_was_cut_off_anywhere(compress: str | None, path: Path) -> N
             refused(path, "was cut off" if length >= len(MAGIC) else "is no snapshot", lazy=True, verify=False)
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 @both
 def test_a_file_with_something_at_its_end(compress: str | None, path: Path) -> None:
     data, _ = save(path, compress)
@@ -197,6 +200,7 @@ def test_a_file_with_something_at_its_end(compress: str | None, path: Path) -> N
     refused(path, "has something at its end")
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 @both
 def test_a_single_bit_anywhere(compress: str | None, path: Path) -> None:
     """Or it is refused, or (nothing is said of it) it does not matter: here none does not matter."""
@@ -234,6 +238,7 @@ def test_corrupted_content_without_a_check_beforehand(path: Path) -> None:
     assert data != path.read_bytes()
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_a_file_that_changes_while_it_is_restored(path: Path) -> None:
     save(path)
     spoilt = False
@@ -259,6 +264,20 @@ def test_a_copy_without_holes_is_as_good(path: Path) -> None:
             assert contents(region) == held
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
+@both
+def test_what_is_refused_has_not_made_a_region(compress: str | None, path: Path, inject: Injector) -> None:
+    """No mapping, no file: a fault in the last bit of the content is found before any of that."""
+    data, _ = save(path, compress)
+    tables = struct.unpack_from("<Q", data, 64)[0]
+    path.write_bytes(data[: tables - 1] + bytes([data[tables - 1] ^ 1]) + data[tables:])
+    inject.made.clear()
+    refused(path, "corrupted", backend=File(path.with_name("memory")))
+    assert not {"reserve", "advance"} & set(inject.made)
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_foreign_files(path: Path) -> None:
     for foreign in (b"", b"\x7fELF" + bytes(10000), b"hello", os.urandom(5000), MAGIC[:-1] + bytes(5000)):
         path.write_bytes(foreign)
@@ -273,6 +292,7 @@ def sealed(header: bytes) -> bytes:
     return header[:4088] + struct.pack("<Q", digest(header[:4088]))
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_newer_files(path: Path) -> None:
     data, _ = save(path)
     newer = bytearray(data)
@@ -345,6 +365,7 @@ FIGURES: dict[str, Callable[[Snapshot], dict[str, int]]] = {
 }
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_that_do_not_go_together(name: str, path: Path) -> None:
     header = small(path)
@@ -378,6 +399,7 @@ WRONG_RECORDS = [
 ]
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 @pytest.mark.parametrize("runs", WRONG_RUNS, ids=str)
 def test_runs_that_cannot_be(runs: list[tuple[int, int]], path: Path) -> None:
     header = small(path)
@@ -386,6 +408,7 @@ def test_runs_that_cannot_be(runs: list[tuple[int, int]], path: Path) -> None:
     refused(path, "corrupted table")
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 @pytest.mark.parametrize("records", WRONG_RECORDS, ids=str)
 def test_records_that_cannot_be(records: list[tuple[int, int, int]], path: Path) -> None:
     header = small(path)
@@ -410,6 +433,7 @@ def limited(work: Callable[[], Any]) -> None:
     run_child(work, limits={resource.RLIMIT_AS: size}).result()
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_a_hostile_header_costs_no_memory(path: Path) -> None:
     """A sparse file that says it has a thousand million runs: nothing is taken for what is not there."""
     header = small(path)
@@ -425,6 +449,7 @@ def test_a_hostile_header_costs_no_memory(path: Path) -> None:
     limited(lambda: refused(path, "corrupted table"))
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_a_region_larger_than_an_address_space_costs_nothing_either(path: Path) -> None:
     """A packed file need not have the size that it tells of: who reserves refuses, before any map is made."""
     with Region("1M", block_size=BLOCK) as region:
@@ -439,6 +464,7 @@ def test_a_region_larger_than_an_address_space_costs_nothing_either(path: Path) 
         limited(restore)
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_a_small_file_may_tell_of_much_that_is_plugged(path: Path) -> None:
     """All of 1 TiB is: then limits and budgets say no, as for any plug."""
     with Region("1T") as region:
@@ -453,6 +479,7 @@ def test_a_small_file_may_tell_of_much_that_is_plugged(path: Path) -> None:
         Region.restore(path)
 
 
+@pytest.mark.promise("snapshot-is-checked-first")
 def test_frames_that_are_not_what_they_should_be(path: Path) -> None:
     """Rightly digested, but no frames; or ones that say they hold a terabyte, or that hold more, or less."""
     import zstandard
@@ -482,6 +509,49 @@ def test_frames_that_are_not_what_they_should_be(path: Path) -> None:
     wrong = attrs.evolve(header, table_offset=header.data_offset + 10, file_size=header.data_offset + 50)
     put(path, wrong, tables([(3, 1)], [(0, 11, 0)]))
     refused(path, "corrupted table")
+
+
+# ---- what a hostile file can do, and what it cannot ------------------------------------------------
+
+
+EXECUTES = ("exec", "compile", "import", "pickle.", "marshal.", "os.system", "os.exec", "os.posix_spawn", "subprocess.")
+
+
+@both
+@pytest.mark.promise("snapshot-is-checked-first")
+def test_nothing_in_a_file_is_executed(compress: str | None, path: Path) -> None:
+    """Python tells of all that it runs, imports or unpickles: a hostile description and content cause none of it."""
+    code = "__import__('os').system('touch executed')"
+    with region_with_content() as region:
+        write(region, BLOCK, pickle.dumps(os.system) + code.encode())
+        told = region.save(path, compress=compress)
+    put(path, attrs.evolve(told, backend=code))
+    Region.restore(path).close()  # what is imported at first use is there
+
+    def restore() -> list[str]:
+        seen: list[str] = []
+        sys.addaudithook(lambda event, _: seen.append(event) if event.startswith(EXECUTES) else None)
+        Region.restore(path).close()
+        told = list(seen)
+        eval("1")  # the hook works
+        assert seen[len(told) :] == ["compile", "exec"]
+        return told
+
+    assert run_child(restore).result() == []
+    assert snapshot.describe(path).backend == code
+
+
+def test_a_digest_is_no_signature(path: Path) -> None:
+    """Who can write the file decides what is restored, as the documentation says."""
+    header = small(path)
+    at = 3 * BLOCK // header.chunk * header.chunk
+    forged = (bytes(3 * BLOCK - at) + b"forged" + bytes(header.chunk))[: header.chunk]
+    with path.open("r+b") as file:
+        file.seek(header.data_offset + at)
+        file.write(forged)
+    put(path, header, tables([(3, 1)], [(at // header.chunk, header.chunk, digest(forged))]))
+    with Region.restore(path) as region:
+        assert contents(region)[3][:7] == b"forged\0"
 
 
 # ---- describe ---------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def test_nothing_is_read_and_no_memory_is_used(path: Path, inject: Injector) -> 
         assert region.audit().ok
 
 
+@pytest.mark.promise("snapshot-comes-back")
 def test_writes_stay_private(path: Path) -> None:
     held = saved(path)
     before = path.read_bytes()
@@ -58,6 +59,7 @@ def test_writes_stay_private(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.promise("snapshot-comes-back")
 def test_it_is_a_template(path: Path) -> None:
     """A block that is plugged again shows the file once more; one that the snapshot has not reads zero."""
     held = saved(path)

@@ -86,6 +86,7 @@ def test_a_deflated_page_is_only_used_again(driver: BalloonDriver, region: Regio
     assert bytes(region.view(0)[5 * PAGE : 5 * PAGE + 4]) == b"mine"
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 def test_a_page_outside_of_the_guests_memory_is_refused_and_no_page_discarded(
     driver: BalloonDriver, region: Region
 ) -> None:
@@ -407,6 +408,7 @@ def test_an_id_is_not_used_again_before_its_stop_has_come(driver: BalloonDriver)
     assert driver.device.start_hinting() == first == 2
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 def test_a_hint_outside_of_the_guests_memory_is_refused(driver: BalloonDriver) -> None:
     driver.command(driver.device.start_hinting())
     with pytest.raises(GuestError, match="not in guest memory"):
@@ -430,6 +432,7 @@ def test_reported_pages_are_given_back(driver: BalloonDriver, region: Region) ->
     assert bytes(region.view(8)[: PAGE * 3]) == b"x" * PAGE + bytes(PAGE) + b"x" * PAGE
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 def test_a_report_that_is_partly_outside_discards_nothing(driver: BalloonDriver, region: Region) -> None:
     for bad in ((16 * MIB, PAGE), (0, 17 * MIB), (2**64 - PAGE, PAGE), (0, 0)):
         with pytest.raises(GuestError):
@@ -500,6 +503,7 @@ def test_balloon_and_unplug_at_the_same_time_never_collide() -> None:
         assert not list(region.tainted_runs())
 
 
+@pytest.mark.promise("restarted-backend-answers-the-same")
 def test_a_saved_state_is_taken_over(driver: BalloonDriver, region: Region) -> None:
     driver.device.target = "8M"
     driver.device.write_config(0, BalloonConfig(0, 100, 0, 7).pack())

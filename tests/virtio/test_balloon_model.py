@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from sparsemem import Region, Simulated
 from sparsemem.virtio import GuestMemory, RegionRange, VirtioBalloon
@@ -120,5 +121,6 @@ class BalloonMachine(RuleBasedStateMachine):
         return [page for start, n in found for page in range(start // PAGE, (start + n) // PAGE)]
 
 
-BalloonMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
-TestPartlyBalloonedPagesAgainstAModel = BalloonMachine.TestCase
+@pytest.mark.promise("device-answers-are-true")
+def test_partly_ballooned_pages_are_their_model() -> None:
+    run_state_machine_as_test(BalloonMachine, settings=settings(max_examples=100, stateful_step_count=40))

@@ -42,6 +42,7 @@ def test_a_hostile_guest_and_frontend_for_a_moment() -> None:
     assert fuzz(seed, 1500, tell=print) == 1500
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 @pytest.mark.slow
 def test_a_hostile_guest_and_frontend_for_a_minute() -> None:
     seed = int(os.environ.get("SPARSEMEM_FUZZ_SEED", random.SystemRandom().randrange(1 << 32)))

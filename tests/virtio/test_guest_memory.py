@@ -62,6 +62,7 @@ def test_a_read_or_write_may_cross_entries(ram: int) -> None:
         assert memory.read(MIB - 3, 6) == b"abcdef"
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 @pytest.mark.parametrize(
     ("address", "length"),
     [(-1, 2), (MIB, 1), (MIB - 1, 2), (3 * MIB, 1), (0, 0), (0, -1), (2**64, 1), (2**64 - 1, 2), (0, 2**64)],
@@ -96,6 +97,7 @@ def test_a_discard_leaves_out_what_is_unplugged() -> None:
         assert region.audit().ok
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 def test_unplugged_memory_is_not_read_nor_written() -> None:
     """A read would allocate it, where the memory is shared."""
     with Region("8M", block_size=MIB, backend=Memfd()) as region:
@@ -110,6 +112,7 @@ def test_unplugged_memory_is_not_read_nor_written() -> None:
             assert memory.read(MIB - 4, 4) == bytes(4)
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 def test_a_write_is_refused_as_a_whole() -> None:
     with (
         Region("2M", block_size=MIB, backend=Memfd()) as low,
@@ -226,6 +229,7 @@ def test_a_view_does_not_cross_entries(ram: int) -> None:
         memory.view(MIB - 2, 4)
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 def test_a_file_that_is_truncated_underneath_is_an_error_and_no_sigbus(ram: int) -> None:
     with GuestMemory([FileRange(0, 16 * MIB, ram)]) as memory:
         os.ftruncate(ram, PAGE)
@@ -278,6 +282,7 @@ def test_who_is_in_the_middle_of_something_goes_on_with_the_table_before(ram: in
         assert entry.region.closed
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 def test_tables_change_while_others_read(ram: int) -> None:
     tables = [[FileRange(0, MIB, ram)], [FileRange(0, MIB, ram, MIB)], [FileRange(0, 2 * MIB, ram)]]
     failed: list[BaseException] = []

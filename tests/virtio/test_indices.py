@@ -44,6 +44,7 @@ def test_an_index_is_little_endian_and_needs_an_even_address(guest: Guest) -> No
             memory.check(1, guest.size)
 
 
+@pytest.mark.promise("guest-memory-is-the-limit")
 def test_an_index_in_an_unplugged_block_is_refused_and_allocates_nothing() -> None:
     with Region("4M", block_size="2M", backend=Memfd()) as region:
         region.plug(0)

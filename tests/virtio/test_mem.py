@@ -150,6 +150,7 @@ def test_without_prealloc_stray_writes_do_not_survive_a_plug(region: Region) -> 
 # ---- what peers get wrong -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("device-answers-are-true")
 def test_a_plug_that_fails_leaves_bitmap_and_plugged_size_agreeing(inject: Injector) -> None:
     """One VMM sets its bitmap before the step that can fail."""
     with Region("64M", block_size=BLOCK, backend=Memfd(strategy="populate_write")) as region:
@@ -162,6 +163,7 @@ def test_a_plug_that_fails_leaves_bitmap_and_plugged_size_agreeing(inject: Injec
         assert region.audit().ok
 
 
+@pytest.mark.promise("device-answers-are-true")
 def test_a_discard_that_fails_is_not_acknowledged(inject: Injector) -> None:
     """One VMM logs it and answers ACK."""
     with Region("64M", block_size=BLOCK, backend=Memfd()) as region:
@@ -283,6 +285,7 @@ def test_the_driver_cannot_write_the_configuration(region: Region) -> None:
 # ---- migration ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("restarted-backend-answers-the-same")
 def test_a_saved_state_makes_another_device_the_same(region: Region) -> None:
     driver = driver_of(region, 32)
     driver.plug(0, 4)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from sparsemem import Memfd, Region
 from sparsemem._sys import calls as calls_module
@@ -164,5 +165,6 @@ class MemMachine(RuleBasedStateMachine):
         assert not audit.gaps
 
 
-MemMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
-TestMemAgainstAModel = MemMachine.TestCase
+@pytest.mark.promise("device-answers-are-true")
+def test_a_device_is_its_model() -> None:
+    run_state_machine_as_test(MemMachine, settings=settings(max_examples=100, stateful_step_count=40))

@@ -200,6 +200,7 @@ def test_rule_13_padding_and_whatever_follows_is_ignored(driver: MemDriver, regi
     assert region.plugged_size == 0
 
 
+@pytest.mark.promise("device-answers-are-true")
 @pytest.mark.parametrize("operation", [MemOperation.PLUG, MemOperation.UNPLUG, MemOperation.STATE])
 @pytest.mark.parametrize(
     ("address", "count"),
@@ -232,6 +233,7 @@ def test_rule_14_comes_before_more_than_requested_which_comes_before_the_state(d
     assert driver.plug(0, 1) is ERROR  # plugged
 
 
+@pytest.mark.promise("device-answers-are-true")
 def test_rule_15_plugging_what_is_plugged_and_unplugging_what_is_not_is_an_error(
     driver: MemDriver, region: Region
 ) -> None:
@@ -243,6 +245,7 @@ def test_rule_15_plugging_what_is_plugged_and_unplugging_what_is_not_is_an_error
     assert list(region.plugged_runs()) == [(2, 2)]
 
 
+@pytest.mark.promise("device-answers-are-true")
 def test_rule_16_busy_means_that_nothing_has_changed_when_the_host_has_no_memory() -> None:
     with Region("64M", block_size=BLOCK, backend=Simulated(capacity="6M")) as region:
         driver = MemDriver(VirtioMem(region, address=ADDRESS, requested_size="64M"))
@@ -254,6 +257,7 @@ def test_rule_16_busy_means_that_nothing_has_changed_when_the_host_has_no_memory
         assert driver.plug(4, 2) is ACK
 
 
+@pytest.mark.promise("device-answers-are-true")
 @pytest.mark.parametrize("what", ["unplug", "unplug_all"])
 @pytest.mark.parametrize(
     ("backend", "step", "nth"),
@@ -277,6 +281,7 @@ def test_rule_16_an_unplug_that_fails_half_way_gives_the_guest_its_blocks_back(
         assert driver.unplug_all() is ACK
 
 
+@pytest.mark.promise("device-answers-are-true")
 def test_rule_16_a_view_of_the_host_or_a_veto_is_busy(driver: MemDriver, region: Region) -> None:
     driver.plug(0, 4)
     with region.view(3):
@@ -298,6 +303,7 @@ def test_rule_16_a_view_of_the_host_or_a_veto_is_busy(driver: MemDriver, region:
     assert driver.unplug_all() is ACK
 
 
+@pytest.mark.promise("device-answers-are-true")
 def test_rule_17_acknowledged_means_that_all_was_done(driver: MemDriver, region: Region) -> None:
     assert driver.plug(0, 4) is ACK
     assert region.audit().resident_size == 4 * BLOCK  # populated, too

@@ -133,6 +133,7 @@ def test_headers_that_cannot_be_are_refused(header: tuple[int, int, int], why: s
         parse_header(struct.pack("<III", *header))
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 @given(request_=st.sampled_from(list(Request)), data=st.binary(max_size=300), descriptors=st.integers(0, 8))
 def test_any_bytes_are_read_or_refused(request_: Request, data: bytes, descriptors: int) -> None:
     with contextlib.suppress(ProtocolError):
@@ -212,6 +213,7 @@ def test_messages_that_come_together_keep_their_own_descriptors(pair: Pair) -> N
         os.close(event)
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 def test_eight_descriptors_are_taken_and_all_of_more_are_closed(pair: Pair) -> None:
     event = os.eventfd(0)
     table = struct.pack("<III", Request.SET_MEM_TABLE, 1, 8 + 8 * 32) + struct.pack("<II", 8, 0) + REGION * 8
@@ -236,6 +238,7 @@ def test_descriptors_in_several_pieces_count_together(pair: Pair) -> None:
         pair.channel.receive()
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 def test_what_a_refused_message_brought_is_closed(pair: Pair) -> None:
     event = os.eventfd(0)
     pair.send(struct.pack("<IIIQ", Request.SET_FEATURES, 1, 8, 0), (event, event))

@@ -254,6 +254,7 @@ REFUSED: dict[str, tuple[Callable[[Guest, Ring], None], str]] = {
 }
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_chain_that_no_driver_may_make_is_refused_and_nothing_changes(
     memory: GuestMemory, guest: Guest, ring: Ring, name: str
@@ -308,6 +309,7 @@ RINGS: dict[str, tuple[dict[str, int], str]] = {
 }
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 @pytest.mark.parametrize("name", RINGS)
 def test_rings_that_no_driver_may_make_are_refused(memory: GuestMemory, name: str) -> None:
     changed, why = RINGS[name]
@@ -344,6 +346,7 @@ def test_memory_that_is_truncated_underneath_is_an_error_and_no_sigbus(
 # ---- anything at all ---------------------------------------------------------------------------
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 @settings(max_examples=300)
 @given(data=st.data())
 def test_whatever_the_driver_writes_a_request_is_whole_or_refused(data: st.DataObject) -> None:
@@ -394,6 +397,7 @@ class _Counting:
         return getattr(self.memory, name)
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 @pytest.mark.parametrize("indirect", [False, True])
 def test_every_field_is_read_once_so_that_the_guest_cannot_change_it_after_the_check(
     memory: GuestMemory, guest: Guest, ring: Ring, indirect: bool

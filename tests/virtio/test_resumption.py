@@ -211,18 +211,21 @@ def replay(scene: Scene, name: str) -> None:
     scene.guest.write(0, kept)
 
 
+@pytest.mark.promise("restarted-backend-answers-the-same")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLAN)
 def test_killed_at_any_line_the_request_is_answered_the_same_way(scene: Scene, name: str) -> None:
     survive(scene, name, OURS, 1 if name in CHANGING else 7)
 
 
+@pytest.mark.promise("restarted-backend-answers-the-same")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGING)
 def test_killed_in_the_midst_of_the_regions_own_work_too(scene: Scene, name: str) -> None:
     survive(scene, name, DEEPER, 3)
 
 
+@pytest.mark.promise("restarted-backend-answers-the-same")
 @pytest.mark.parametrize("name", PLAN)
 def test_killed_here_and_there(scene: Scene, name: str) -> None:
     survive(scene, name, OURS, 29)
@@ -231,6 +234,7 @@ def test_killed_here_and_there(scene: Scene, name: str) -> None:
 # ---- without being killed -------------------------------------------------------------------
 
 
+@pytest.mark.promise("restarted-backend-answers-the-same")
 def test_an_answer_that_was_recorded_and_not_given_is_given_without_doing_it_again(scene: Scene) -> None:
     region, serving = scene.begin()
     scene.offer(PLUG, 0, 4)
@@ -264,6 +268,7 @@ def test_an_answer_that_was_recorded_and_not_given_is_given_without_doing_it_aga
     region.close()
 
 
+@pytest.mark.promise("restarted-backend-answers-the-same")
 def test_another_request_at_the_same_place_is_not_given_the_recorded_answer(scene: Scene) -> None:
     region, serving = scene.begin()
     scene.offer(PLUG, 0, 4)
@@ -281,6 +286,7 @@ def test_another_request_at_the_same_place_is_not_given_the_recorded_answer(scen
     region.close()
 
 
+@pytest.mark.promise("restarted-backend-answers-the-same")
 def test_what_cannot_be_recorded_is_not_answered_until_it_can(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -343,6 +349,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
+@pytest.mark.promise("private-to-its-user")
 def test_the_state_file_is_its_users_alone_and_replaced_as_a_whole(path: Path) -> None:
     journal = Journal(str(path), 42)
     assert journal.load() is None

@@ -263,8 +263,12 @@ def client(server: ControlServer) -> Iterator[socket.socket]:
         yield connected
 
 
-def test_lines_come_in_any_pieces_and_several_at_once(echo: ControlServer) -> None:
+@pytest.mark.promise("private-to-its-user")
+def test_the_control_socket_is_its_users_alone(echo: ControlServer) -> None:
     assert stat.S_IMODE(os.stat(echo.path).st_mode) == 0o600
+
+
+def test_lines_come_in_any_pieces_and_several_at_once(echo: ControlServer) -> None:
     with client(echo) as connected:
         for byte in b'{"command":"echo","a":1}\n':
             connected.send(bytes([byte]))

@@ -483,6 +483,7 @@ ENDED: dict[str, Callable[[Frontend, Guest], object]] = {
 }
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 @pytest.mark.parametrize("what", ENDED)
 def test_what_is_malformed_ends_the_connection_and_the_next_frontend_is_served(
     server: Server, guest: Guest, rings: list[Ring], what: str
@@ -575,6 +576,7 @@ def test_an_answer_without_room_puts_it_there_too(server: Server, guest: Guest, 
         assert rings[0].used_index() == 0
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 def test_a_guest_that_never_ends_keeps_no_frontend_out_nor_the_other_way_round(
     server: Server, device: Echo, guest: Guest, rings: list[Ring]
 ) -> None:
@@ -600,6 +602,7 @@ def test_a_guest_that_never_ends_keeps_no_frontend_out_nor_the_other_way_round(
         chatter.join()
 
 
+@pytest.mark.promise("hostile-guest-is-contained")
 def test_memory_that_is_truncated_underneath_is_no_crash(
     server: Server, guest: Guest, rings: list[Ring], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -732,6 +735,7 @@ def test_a_request_that_is_kept_back_is_found_again_after_a_stop(
 # ---- sockets ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("private-to-its-user")
 def test_the_socket_is_its_users_alone_and_goes_with_the_server(device: Echo, tmp_path: Path) -> None:
     path = tmp_path / "s"
     before = os.umask(0)
