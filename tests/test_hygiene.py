@@ -200,7 +200,7 @@ VIRTIO_LAYERS = [
     {"mem", "balloon"},
     {"guest_memory"},
     {"wire"},
-    {"device"},
+    {"device", "watched"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "_build.py")
 

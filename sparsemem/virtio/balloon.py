@@ -22,6 +22,7 @@ from sparsemem.runs import Runs, single
 from sparsemem.units import Size, exact_size, parse_size
 from sparsemem.virtio.device import Device, Element, GuestError
 from sparsemem.virtio.guest_memory import GuestMemory, MemoryRange, Table
+from sparsemem.virtio.watched import Watched
 from sparsemem.virtio.wire import (
     FRAME_SHIFT,
     FRAME_SIZE,
@@ -128,7 +129,7 @@ class _Partial:
             self._map.clear(first * self._block, count * self._block)
 
 
-class VirtioBalloon(Device):
+class VirtioBalloon(Device, Watched[BalloonListener]):
     """A virtio-balloon device over guest memory.
 
     Args:
@@ -163,6 +164,7 @@ class VirtioBalloon(Device):
         page_poison: bool = True,
         granularity: Size = FRAME_SIZE,
     ) -> None:
+        super().__init__()
         self.memory = GuestMemory.of(memory) if isinstance(memory, Region) else memory
         self.granularity = parse_size(granularity, "granularity")
         if self.granularity < FRAME_SIZE or self.granularity & (self.granularity - 1):
@@ -178,8 +180,6 @@ class VirtioBalloon(Device):
         }
         self.features = sum(int(feature) for feature, on in wanted.items() if on)
         self._accept(0)
-        self._listeners: tuple[BalloonListener, ...] = ()
-        self._changed = threading.Condition()
         self._target = _pages(target, "target")
         self._actual = 0
         self._poison = 0
@@ -231,16 +231,6 @@ class VirtioBalloon(Device):
         """Waits until the balloon has its size; False if that takes longer than so many seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._actual == self._target, timeout)
-
-    def add_listener(self, listener: BalloonListener) -> None:
-        """Has a listener told of what happens from now on."""
-        with self._changed:
-            self._listeners = (*self._listeners, listener)
-
-    def remove_listener(self, listener: BalloonListener) -> None:
-        """Has a listener told no more."""
-        with self._changed:
-            self._listeners = tuple(known for known in self._listeners if known is not listener)
 
     def close(self) -> None:
         """Lets go of the regions that it listens to."""
@@ -470,13 +460,6 @@ class VirtioBalloon(Device):
         self._seen = tuple(ranges)
 
     # ---- events ---------------------------------------------------------------------------------------
-
-    def _tell(self, event: str, *details: object) -> None:
-        for listener in self._listeners:
-            try:
-                getattr(listener, event)(*details)
-            except Exception:
-                _log.exception("%r failed in %s", listener, event)
 
     # ---- migration ---------------------------------------------------------------------------------------
 

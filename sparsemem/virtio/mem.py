@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -32,6 +31,7 @@ from sparsemem.region import BlockState, Region
 from sparsemem.runs import collect, subtract
 from sparsemem.units import Size, exact_size, parse_size
 from sparsemem.virtio.device import Device, Element, GuestError
+from sparsemem.virtio.watched import Watched
 from sparsemem.virtio.wire import MemAnswer, MemConfig, MemFeature, MemOperation, MemRequest, MemResponse, MemState
 
 _log = logging.getLogger("sparsemem")
@@ -87,7 +87,7 @@ class MemListener:
         """A request is about to be answered."""
 
 
-class VirtioMem(Device):
+class VirtioMem(Device, Watched[MemListener]):
     """A virtio-mem device over a region, which it is the only one to plug and unplug.
 
     Args:
@@ -123,6 +123,7 @@ class VirtioMem(Device):
         usable: str | UsablePolicy = "window",
         unplugged_inaccessible: str = "offer",
     ) -> None:
+        super().__init__()
         if not region.can_unplug:
             raise UnsupportedError(f"{region.backend} cannot give memory back: no virtio-mem device can be made of it")
         if address < 0 or address % region.block_size or address + region.size > 1 << 64:
@@ -144,9 +145,7 @@ class VirtioMem(Device):
             | (MemFeature.UNPLUGGED_INACCESSIBLE if unplugged_inaccessible != "off" else 0)
         )
         self.negotiated = MemFeature(0)
-        self._listeners: tuple[MemListener, ...] = ()
         self._answers: Counter[tuple[MemOperation, MemAnswer]] = Counter()
-        self._changed = threading.Condition()
         self._requested = self._parse_requested(requested_size)
         self._usable = max(self._usable_for(self._requested), self._highest_plugged())
 
@@ -191,16 +190,6 @@ class VirtioMem(Device):
         """Waits until as much is plugged as is requested; False if that takes longer than so many seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self.plugged_size == self._requested, timeout)
-
-    def add_listener(self, listener: MemListener) -> None:
-        """Has a listener told of what happens from now on."""
-        with self._changed:
-            self._listeners = (*self._listeners, listener)
-
-    def remove_listener(self, listener: MemListener) -> None:
-        """Has a listener told no more."""
-        with self._changed:
-            self._listeners = tuple(known for known in self._listeners if known is not listener)
 
     # ---- the transport's side ---------------------------------------------------------------
 
@@ -374,13 +363,6 @@ class VirtioMem(Device):
             requested = self._requested
         if self.plugged_size == requested:
             self._tell("on_reached", requested)
-
-    def _tell(self, event: str, *details: object) -> None:
-        for listener in self._listeners:
-            try:
-                getattr(listener, event)(*details)
-            except Exception:
-                _log.exception("%r failed in %s", listener, event)
 
     # ---- migration ----------------------------------------------------------------------------
 
