@@ -249,7 +249,9 @@ def test_an_unpopulated_page_stays_so(path: Path) -> None:
             fill(region, 0, 4)
             region.discard(1 << 20, 1 << 20)
             region.save(path)
-            assert region.audit().discarded_size == 1 << 20, backend
+            # Which pages of shared anonymous memory are there the kernel tells root alone; others look at all of them.
+            told = backend != Anonymous(shared=True) or os.geteuid() == 0
+            assert region.audit().discarded_size == (1 << 20 if told else 0), backend
             with Region.restore(path) as other:
                 held = contents(other)
             assert held[1] == bytes(1 << 20)
