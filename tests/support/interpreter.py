@@ -14,7 +14,17 @@ import pytest
 TESTS = Path(__file__).parent.parent
 
 FOLDERS = {"conformance", "sanitizers", "stateful"}
-FILES = {"test_old_kernel.py", "test_bench.py", "test_numa.py", "test_thp.py", "test_support_accounting.py"}
+FILES = {
+    "test_bench.py",
+    "test_numa.py",
+    "test_old_kernel.py",
+    "test_protection.py",
+    "test_security.py",
+    "test_snapshot_dirty.py",
+    "test_snapshot_faults.py",
+    "test_support_accounting.py",
+    "test_thp.py",
+}
 MACHINE = {
     "empty_pool",
     "ext4_mount",
@@ -44,7 +54,7 @@ def about_the_kernel(item: pytest.Item) -> bool:
         return True
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     kind = parameters["made"][0].id if "made" in parameters else None
-    if path.name in ("test_faults.py", "test_security.py"):
+    if path.name == "test_faults.py":
         kind = parameters.get("name")
     if "made" in parameters and parameters["made"][2] != "none":
         return True
