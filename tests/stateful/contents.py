@@ -39,7 +39,10 @@ class Contents(Changing):
         view, block = self.pins.pop()
         if writing and block not in self.model.tainted and self.capacity is None:
             self._let_in(block)
+            back = sum(at[0] == block for at in self.model.discarded)
             self._write(block, range(self.cells), view)
+            if back:
+                self._give_double_back(block, back * self.cell)
         view.release()
 
     @precondition(lambda self: self.model.sound and self.made.kind.discards)
