@@ -735,6 +735,12 @@ def test_a_request_that_is_kept_back_is_found_again_after_a_stop(
 # ---- sockets ------------------------------------------------------------------------------------------
 
 
+def test_a_path_that_is_too_long_for_a_socket_is_refused_with_the_limit(device: Echo, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="where a socket's path has 107 at most"):
+        Server(Backend("echo", device, GuestMemory()), str(tmp_path / ("s" * 108)))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.promise("private-to-its-user")
 def test_the_socket_is_its_users_alone_and_goes_with_the_server(device: Echo, tmp_path: Path) -> None:
     path = tmp_path / "s"

@@ -11,6 +11,8 @@ import stat
 from attrs import define, field
 
 _BACKLOG = 64
+_LONGEST = 107
+"""Bytes of a socket's path: sun_path has 108 (unix(7)), the zero at its end included."""
 
 
 @define(eq=False)
@@ -21,9 +23,10 @@ class Listener:
     somebody does is not.
 
     Args:
-        path: Where; at most 107 bytes.
+        path: Where; at most 107 bytes, as an absolute path.
 
     Raises:
+        ValueError: It is longer.
         OSError: There is something else, or somebody listens there.
     """
 
@@ -33,6 +36,9 @@ class Listener:
 
     def __attrs_post_init__(self) -> None:
         self.path = os.path.abspath(self.path)
+        size = len(os.fsencode(self.path))
+        if size > _LONGEST:
+            raise ValueError(f"{self.path}: {size} bytes, where a socket's path has {_LONGEST} at most")
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.listening.setblocking(False)
