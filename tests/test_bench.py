@@ -377,7 +377,7 @@ def test_figures_are_shown_with_three_digits(figure: float, unit: str, shown: st
     assert figures.value(figure, unit) == shown
 
 
-def test_the_results_are_of_one_full_run() -> None:
+def test_the_results_are_of_a_run_of_all_cases() -> None:
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == ["The machine", "The targets", *(case.name for case in catalogue.CASES)]

@@ -26,7 +26,7 @@ _EPILOG = """\
 examples:
   sparsemem bench --quick                   a minute, on less memory
   sparsemem bench anonymous-4k 'memfd*'     these cases only
-  sparsemem bench --markdown > RESULTS.md   a full run: about a quarter of an hour, 10 GiB free
+  sparsemem bench --markdown > RESULTS.md   a full run, on 10 GiB of free memory
   sparsemem bench 'stalls*' --json > 2.json        a part of one, for when the machine is quiet
   sparsemem bench --from 1.json 2.json --markdown  all parts as one run
 """
