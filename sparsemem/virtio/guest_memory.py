@@ -33,6 +33,8 @@ _ADDRESS_LIMIT = 1 << 63
 
 # Blocks of memory that is all plugged are only what claims are made of.
 _LARGEST_BLOCK = 2 << 20
+_MOST_BLOCKS = 1 << 28
+"""Of a file's range: 1 TiB where it is only aligned to 4 KiB.  A frontend may name any size, and a map takes memory."""
 
 
 class GuestMemoryError(SparseMemError, OSError):
@@ -491,6 +493,11 @@ def _foreign(wanted: FileRange, file: tuple[int, int]) -> MemoryRange:
         raise ValueError(f"{size} bytes at offset {offset:#x} of the file are not whole pages of {page}")
     # The largest power of two that divides both.
     block = max(page, min((offset | size) & -(offset | size), _LARGEST_BLOCK))
+    if (offset + size) // block > _MOST_BLOCKS:
+        raise ValueError(
+            f"{size} bytes at offset {offset:#x} of the file, aligned to {block}, "
+            f"are more than {_MOST_BLOCKS} such blocks"
+        )
     backend = File(fd=wanted.fd, existing="trust", thp=False if page == PAGE_SIZE else None, strategy="populate_write")
     region = Region(
         offset + size,

@@ -21,7 +21,7 @@ _HEAD = """\
 
 Made by `make reliability` from the markers on the tests and from a run of them; not written by hand. The cases are
 those that the tests went through in that run: parameters, examples, steps, injected faults or operations, as the test
-counts them. A dash means that the test was skipped on that machine.
+counts them. A dash means that the test did not run then: it was skipped on that machine, or left out as a slow one.
 
 """
 

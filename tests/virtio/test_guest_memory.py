@@ -361,3 +361,18 @@ def test_pieces_cover_exactly_what_was_asked_for(sizes: list[int], gaps: list[in
             else:
                 with pytest.raises(GuestError):
                     table.pieces(address, length)
+
+
+@pytest.mark.promise(
+    "guest-memory-is-the-limit", found="a memory table could name a range whose block map took for ever"
+)
+def test_a_range_that_would_need_too_large_a_map_is_refused_at_once() -> None:
+    fd = os.memfd_create("sparse")
+    try:
+        os.ftruncate(fd, (1 << 62) + 4096)
+        with GuestMemory() as memory:
+            with pytest.raises(ValueError, match="more than 268435456 such blocks"):
+                memory.replace([FileRange(0, (1 << 62) + 4096, fd, 0)])
+            assert memory.ranges == ()
+    finally:
+        os.close(fd)
