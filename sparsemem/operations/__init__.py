@@ -10,9 +10,9 @@ The order within is what makes it safe, and is explained where it matters.
 
 from sparsemem.operations.inner import Inner
 from sparsemem.operations.operation import Core, Operation, execute, require_discard
-from sparsemem.operations.plug import Plug, plug_at_once, refill
+from sparsemem.operations.plug import Plug, plug_at_once_error, refill
 from sparsemem.operations.resize import resize
-from sparsemem.operations.unplug import Unplug, flush, flush_due, relieve, unplug_at_once
+from sparsemem.operations.unplug import Unplug, flush, flush_due, relieve, unplug_at_once_error
 from sparsemem.operations.whole import Join, Leave, Whole, protect
 
 __all__ = [
@@ -27,11 +27,11 @@ __all__ = [
     "execute",
     "flush",
     "flush_due",
-    "plug_at_once",
+    "plug_at_once_error",
     "protect",
     "refill",
     "relieve",
     "require_discard",
     "resize",
-    "unplug_at_once",
+    "unplug_at_once_error",
 ]

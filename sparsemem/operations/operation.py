@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attrs import define, field
 
 from sparsemem import workers
@@ -12,7 +14,7 @@ from sparsemem.engine import Work
 from sparsemem.errors import Run, UnsupportedError
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Listener
-from sparsemem.quick import Quick
+from sparsemem.quick import Quick, not_at_once
 from sparsemem.runs import Runs
 from sparsemem.statistics import Tally
 from sparsemem.warm import Warm
@@ -33,12 +35,15 @@ class Core:
     warm: Warm | None = None
     shift: int = field(init=False)
     quick: Quick | None = field(init=False, default=None)
+    plug_at_once: Callable[[int, int], int] = field(init=False, default=not_at_once)
+    unplug_at_once: Callable[[int, int], int] = field(init=False, default=not_at_once)
 
     def __attrs_post_init__(self) -> None:
         self.shift = self.block_size.bit_length() - 1
         # What is pending or due is for the long way to look at.
         if self.mapping.direct and self.deferral is None:
             self.quick = Quick(self.mapping, self.blocks, self.gauge, self.shift)
+            self.plug_at_once, self.unplug_at_once = self.quick.plug, self.quick.unplug
 
     def listen(self, listeners: tuple[Listener, ...]) -> None:
         """Sets who listens; only while a claim on everything is held."""

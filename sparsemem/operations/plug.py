@@ -19,27 +19,13 @@ from sparsemem.units import exact_size
 _log = logging.getLogger("sparsemem")
 
 
-def plug_at_once(core: Core, first: int, count: int) -> bool:
-    """The short way of a plug; False if nothing has changed.
-
-    Raises:
-        PopulateError: It failed, and so did giving back what was populated.
-    """
-    quick = core.quick
-    # Only plain integers: whatever else may be one, or be refused, is for the long way to judge.
-    if quick is None or not type(first) is type(count) is int:
-        return False
-    try:
-        done = quick.plug(first, count)
-    except OverflowError:
-        return False
-    if done < 0:
-        core.gauge.forget()
-        core.tally.failed(rolled_back=True)
-        error = populate_error(core, -done, first << core.shift, 0)
-        error.rolled_back = False
-        raise error
-    return done > 0
+def plug_at_once_error(core: Core, errno: int, first: int) -> PopulateError:
+    """The error of a plug by the short way: it failed, and so did giving back what was populated."""
+    core.gauge.forget()
+    core.tally.failed(rolled_back=True)
+    error = populate_error(core, errno, first << core.shift, 0)
+    error.rolled_back = False
+    return error
 
 
 class Plug(Operation):

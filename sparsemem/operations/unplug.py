@@ -15,25 +15,12 @@ from sparsemem.operations.operation import Core, Operation, execute, require_dis
 from sparsemem.runs import EMPTY, clip, join, subtract, to_blocks
 
 
-def unplug_at_once(core: Core, first: int, count: int) -> bool:
-    """The short way of an unplug; False if nothing has changed.
-
-    Raises:
-        DiscardError: It failed; the blocks are tainted.
-    """
-    quick = core.quick
-    if quick is None or not type(first) is type(count) is int:
-        return False
-    try:
-        done = quick.unplug(first, count)
-    except OverflowError:
-        return False
-    if done < 0:
-        core.tally.failed(rolled_back=False)
-        error = discard_error(-done, first)
-        error.tainted = ((first, count),)
-        raise error
-    return done > 0
+def unplug_at_once_error(core: Core, errno: int, first: int, count: int) -> DiscardError:
+    """The error of an unplug by the short way: it failed, and the blocks are tainted."""
+    core.tally.failed(rolled_back=False)
+    error = discard_error(errno, first)
+    error.tainted = ((first, count),)
+    return error
 
 
 def discard_error(errno: int, block: int, *, intact: bool = False) -> DiscardError:
