@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from sparsemem import (
     BackendExhaustedError,
     DeadlineError,
     DiscardError,
+    File,
     Memfd,
     OperationCancelledError,
     PopulateError,
@@ -28,10 +31,12 @@ from sparsemem._sys import calls, ffi, lib, probe
 from sparsemem.backends import Backend
 from sparsemem.engine import Work
 from sparsemem.recipes import Step
-from sparsemem.runs import collect, join
+from sparsemem.runs import collect, join, single
+from sparsemem.units import parse_size
 from tests.support import accounting
 from tests.support.children import run_child
 from tests.support.injector import Injector
+from tests.support.kinds import need_disk
 
 BLOCK = 64 << 10
 MIB = 1 << 20
@@ -180,11 +185,55 @@ def test_a_number_of_threads_that_makes_no_sense_is_refused(threads: Any, error:
         Region("1M", block_size=BLOCK, threads=threads)
 
 
-def test_the_number_of_threads_suits_the_size_and_the_pages() -> None:
-    assert workers.sensible(1 << 20, huge=False) == 1
-    assert workers.sensible(1 << 40, huge=True) == 1
-    assert 1 <= workers.sensible(1 << 40, huge=False) <= workers.MOST
+@pytest.mark.parametrize(
+    ("processors", "size", "huge", "threads"),
+    [
+        (2, "1M", False, 1),  # not worth handing over
+        (2, "1T", False, 2),
+        (2, "1T", True, 1),  # a processor is left to others
+        (8, "1T", True, 4),
+        (8, "128M", True, 1),  # as much as virtio-mem asks for at once
+        (8, "128M", False, 2),
+        (128, "1T", False, workers.MOST),
+        (128, "1T", True, workers.MOST),
+        (1, "1T", True, 1),
+    ],
+)
+def test_the_number_of_threads_suits_the_size_the_pages_and_the_machine(
+    processors: int, size: str, huge: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: set(range(processors)))
+    assert workers.sensible(parse_size(size), huge=huge) == threads
     assert workers.limited(8, 200 << 20) == 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "block_size", "threads"),
+    [
+        (Memfd(shared=False), "2M", 4),  # its copies are small pages, so all processors
+        (Memfd(), "64K", 4),
+        (Memfd(), "2M", 2),
+    ],
+)
+def test_a_region_takes_as_many_threads_as_suit_its_memory(
+    backend: Memfd, block_size: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: set(range(4)))
+    with Region("1G", block_size=block_size, backend=backend) as region:
+        work = region._core.work("populate", single(0, region.nblocks, region.nblocks))
+        assert len(work._parts) == threads
+
+
+def test_a_disk_file_is_populated_by_one_thread_unless_more_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_disk(tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: set(range(4)))
+    for asked, threads in ((None, 1), (2, 2)):
+        backend = File(tmp_path / f"f{threads}", delete=True)
+        with Region("1G", block_size="64K", backend=backend, threads=asked) as region:
+            work = region._core.work("populate", single(0, region.nblocks, region.nblocks))
+            assert len(work._parts) == threads
 
 
 # ---- watched and stopped -------------------------------------------------------------------------

@@ -140,7 +140,10 @@ class Mapping(abc.ABC):
     """Whether prepared jobs can be worked on in C alone, and what was begun be discarded."""
 
     parallel: bool = False
-    """Whether several threads at once are any faster."""
+    """Whether several threads may work on it at once."""
+
+    scales: bool = True
+    """Whether they are any faster."""
 
     @property
     def huge(self) -> bool:

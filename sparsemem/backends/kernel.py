@@ -137,6 +137,7 @@ class KernelMapping(Mapping):
         self.page_size = area.page_size
         self.fresh = self.recipe.fresh
         self.can_discard = bool(self.recipe.discard)
+        self.scales = self.recipe.scales
         self.fork_inherits = request.fork == "inherit"
         self.bridge = self.recipe.bridge if self._is_ours_alone(area) else 0
         # Not where something stands in the kernel's place: that must see every call.
@@ -181,6 +182,11 @@ class KernelMapping(Mapping):
         except BaseException:
             self.abandon()
             raise
+
+    @property
+    def huge(self) -> bool:
+        # Private copies of a file's pages and the pages of a disk file are small, whatever was asked for.
+        return super().huge and bool(self.recipe.huge)
 
     def _is_ours_alone(self, area: Area) -> bool:
         """Whether nobody else can have anything in blocks that are unplugged here.

@@ -41,12 +41,7 @@ def choose_strategy(kind: Kind, wanted: str, calls: Calls, *, huge: bool, protec
     if protection == TRAP:
         return _choose_trapped(possible, wanted)
     if wanted == "auto":
-        # Some kinds have no huge pages, whatever was asked for.
-        return next(
-            way
-            for way in FASTEST[huge and bool(RECIPES[kind].huge)]
-            if way in possible and not _missing(way, kind, calls)
-        )
+        return next(way for way in FASTEST[huge] if way in possible and not _missing(way, kind, calls))
     if wanted not in possible:
         pages = "huge" if huge else "small"
         raise UnsupportedError(

@@ -61,7 +61,7 @@ class Core:
             threads = 1
         elif self.threads is None:
             scattered = operation == "discard" and size < runs.n * workers.WORTH_A_FLUSH
-            threads = 1 if scattered else workers.sensible(size, huge=mapping.huge)
+            threads = workers.sensible(size, huge=mapping.huge) if mapping.scales and not scattered else 1
         else:
             threads = workers.limited(self.threads, size)
         return Work(mapping, operation, runs, self.shift, threads=threads, unit=self.block_size)
