@@ -1,10 +1,10 @@
 """Runs, chunk by chunk, through a mapping; and what was begun when it stops.
 
-The loop itself is C and runs without the GIL.  It comes back about every 40 ms,
-so that Python sees signals, and who asked for it progress, a deadline or a
-cancel: a plug of many GiB ends at Ctrl-C.  (Chunks issued one by one from Python
-were 8 times slower beside a busy Python thread, since each return waits for the
-GIL, 5 ms; once in 40 ms that is little.)
+The loop itself is C and runs without the GIL.  It comes back now and then, so that
+Python sees signals, and who asked for it progress, a deadline or a cancel: a plug of
+many GiB ends at Ctrl-C.  Not too often, for beside a busy Python thread each return
+waits for the GIL, 5 ms and more (chunks issued one by one from Python were 8 times
+slower).
 
 Large work is cut into parts for several threads.  The calling thread works on
 one of them; the others stay in C until their part is done, one fails, or the
@@ -28,6 +28,11 @@ from sparsemem.errors import DeadlineError, OperationCancelledError, Run
 from sparsemem.runs import Runs, join, subtract, to_blocks
 
 SLICE_NS = 40_000_000
+"""Between two looks at progress, cancel and deadline, of which a cancel is promised within 50 ms."""
+
+SIGNALS_NS = 100_000_000
+"""The same where only signals are to be seen: nobody feels a tenth of a second at Ctrl-C."""
+
 POPULATE_CHUNK = 2 << 20
 DISCARD_CHUNK = 16 << 20
 _FOR_EVER = 1 << 62
@@ -136,11 +141,12 @@ class Work:
         try:
             if control is not UNWATCHED:
                 control.check(self.bytes, self._total)
+            slice_ns = SIGNALS_NS if control is UNWATCHED else SLICE_NS
             self._lend()
             # The first part is ours, and so are those that no thread would take.
             for part in (self._parts[0], *self._parts[1 + len(self._futures) :]):
-                self._advance(part, control)
-            while self._futures and wait(self._futures, timeout=SLICE_NS / 1e9).not_done:
+                self._advance(part, control, slice_ns)
+            while self._futures and wait(self._futures, timeout=slice_ns / 1e9).not_done:
                 self._look_up(control)
         finally:
             self._stop()
@@ -174,10 +180,10 @@ class Work:
             while code == lib.SM_MORE and not self._crew.stop:  # MORE: a signal came in between
                 code = self._mapping.advance(part, self._operation, _FOR_EVER)
 
-    def _advance(self, part: Any, control: Control) -> None:
+    def _advance(self, part: Any, control: Control, slice_ns: int) -> None:
         code = lib.SM_MORE
         while code == lib.SM_MORE and not (self._crew is not None and self._crew.stop):
-            code = self._mapping.advance(part, self._operation, SLICE_NS)
+            code = self._mapping.advance(part, self._operation, slice_ns)
             if code == lib.SM_MORE:
                 self._look_up(control)
 

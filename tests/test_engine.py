@@ -281,6 +281,25 @@ def test_a_plug_that_is_stopped_leaves_nothing(how: str, threads: int) -> None:
 
 
 @pytest.mark.promise("stops-when-told")
+@pytest.mark.parametrize(("deadline", "most"), [(None, 0.1), (60, 0.05)])
+def test_long_work_comes_back_for_who_looks_on_and_more_seldom_for_signals_alone(
+    deadline: float | None, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Region("1G", block_size="64K", threads=1) as region:
+        mapping, budgets = region._core.mapping, []
+        real = mapping.advance
+
+        def advance(job: Any, operation: str, budget_ns: int) -> int:
+            budgets.append(budget_ns)
+            return real(job, operation, budget_ns)
+
+        monkeypatch.setattr(mapping, "advance", advance)
+        region.plug(0, region.nblocks, deadline=deadline)
+    assert budgets
+    assert max(budgets) <= most * 1e9
+    assert max(budgets) > most * 1e9 / 2
+
+
 def test_a_cancel_that_comes_first_changes_nothing_at_all() -> None:
     event = threading.Event()
     event.set()
