@@ -308,6 +308,7 @@ def test_parts_are_put_together(
     assert "was measured in 2 parts" in report
     assert "## latency-4k" in report
     assert "## hyperalloc-4k" in report
+    assert " parts" not in measured("--from", "1.json", "--markdown", capsys=capsys)
     assert "hyperalloc-4k: " in measured("--from", "1.json", "2.json", capsys=capsys)
 
 

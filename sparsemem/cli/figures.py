@@ -165,12 +165,12 @@ def report(outcome: Outcome, arguments: Iterable[str], *, parts: int = 0) -> str
     Args:
         outcome: What came of it.
         arguments: Of the command that gives such a document again.
-        parts: In how many parts it was measured; 0 if in one go.
+        parts: In how many parts it was measured; 0 or 1 if in one go.
     """
     machine = _markdown([("", ""), *outcome.machine.items()])
     introduction = _INTRODUCTION.format(
         command=" ".join(map(quote, arguments)),
-        parts=_PARTS.format(n=parts) if parts else "",
+        parts=_PARTS.format(n=parts) if parts > 1 else "",
         rounds=outcome.scale.rounds,
         machine=machine,
     )
