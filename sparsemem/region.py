@@ -116,8 +116,8 @@ class Region:
             the child unplugs is gone for the parent.
         threads: How many threads may work on one operation; each gets 64 MiB at
             least.  By default as many as suit the size and the machine: one for
-            each processor, up to 16; half of that for huge pages, with 256 MiB each;
-            one for a shared file on a disk.
+            each processor, up to 16; for huge pages one for every second processor, up
+            to 16, with 256 MiB each; one for a shared file on a disk.
         unplug_delay: Seconds by which discards are put off, to be done together: at
             the first operation after that time, at `flush()`, or when memory runs
             out.  Until then the blocks are unplugged like others, but hold memory.

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparsemem.bench import catalogue, lab, model, outcome, peers, targets
-from sparsemem.bench.cases import memory
+from sparsemem.bench.cases import memory, stalls
 from sparsemem.bench.model import TINY, Case, Measure, Result, Row, Way
 from sparsemem.bench.targets import Kind, Target
 from sparsemem.cli import figures
@@ -23,7 +28,8 @@ from tests.support import accounting
 
 ROOT = Path(__file__).parent.parent
 WAY_TAKEN = re.compile(
-    r"what auto takes|strategy '\w+' does not work|the pool of huge pages|not on a disk|no warm pool|one processor"
+    r"what auto takes|strategy '\w+' does not work|a tmpfs of its own cannot be had|the pool of huge pages"
+    r"|not on a disk|no warm pool|one processor"
 )
 
 
@@ -38,6 +44,17 @@ def tiny_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command measures as little as can be."""
     monkeypatch.setattr(model, "QUICK", TINY)
     monkeypatch.setattr(model, "FULL", TINY)
+
+
+@contextmanager
+def stopped_switching() -> Iterator[None]:
+    """No other Python thread runs, unless this one waits."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(100)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def fake(name: str, *ways: Way, peer: str = "peer") -> Case:
@@ -95,8 +112,8 @@ def test_rounds_are_interleaved_and_the_first_does_not_count(tiny: lab.Lab) -> N
         return Way(name, lambda: told.append(name) or {"time": float(len(told))})  # type: ignore[func-returns-value]
 
     result = lab.run_case(fake("fake", way("peer"), way("sparsemem")), tiny)
-    assert told == ["peer", "sparsemem"] * (1 + TINY.rounds)
-    assert [row.figures for row in result.rows] == [(3.0,), (4.0,)]
+    assert told == ["peer", "sparsemem", "sparsemem", "peer"], "another one is first each round"
+    assert [row.figures for row in result.rows] == [(4.0,), (3.0,)]
 
 
 def test_a_way_that_fails_is_skipped_and_the_others_go_on(tiny: lab.Lab) -> None:
@@ -138,6 +155,32 @@ def test_without_a_compiler_the_peers_in_c_are_skipped(monkeypatch: pytest.Monke
     }
     assert {row.way for row in result.rows} == {"sparsemem"}
     assert outcome.ratio_of(result, result.rows[0]) is None
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=300), st.integers(1, 70))
+def test_the_bitmaps_of_the_peers_in_c_are_right(tiny: lab.Lab, flags: list[bool], count: int) -> None:
+    assert tiny.peers is not None
+    packed = bytearray(-(-len(flags) // 8))
+    for n, flag in enumerate(flags):
+        packed[n >> 3] |= flag << (n & 7)
+    groups = [(flag, len(list(group))) for flag, group in groupby(flags)]
+    starts = list(accumulate((length for _, length in groups), initial=0))
+    runs = [(start, length) for start, (flag, length) in zip(starts, groups, strict=False) if flag]
+    gaps = [start for start, (flag, length) in zip(starts, groups, strict=False) if not flag and length >= count]
+    out = array("Q", bytes(16 * 300))
+    found = tiny.peers.runs(packed, len(flags), out)
+    assert list(zip(out[: 2 * found : 2], out[1 : 2 * found : 2], strict=True)) == runs
+    assert tiny.peers.find(packed, len(flags), count) == min(gaps, default=len(flags))
+
+
+def test_a_stall_that_still_lasts_counts() -> None:
+    with stalls.Ticker() as ticker:
+        ticker.start_over()
+        with stopped_switching():
+            deadline = time.perf_counter() + 0.05
+            while time.perf_counter() < deadline:
+                pass
+            assert 0.02 < ticker.worst < 10
 
 
 def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,8 @@ int peer_share(char *base, size_t size, size_t page, int nthreads, int touch)
 
 	if (nthreads < 1 || nthreads > MOST_THREADS)
 		return EINVAL;
+	if (nthreads == 1 && !touch)	/* no thread is made for one call */
+		return madvise(base, size, MADV_POPULATE_WRITE) ? errno : 0;
 	for (; made < nthreads; made++) {
 		size_t mine = pages / (size_t)nthreads + ((size_t)made < pages % (size_t)nthreads);
 
@@ -237,43 +239,72 @@ void peer_rest(void)
 		pthread_join(spinners[--nspinners], NULL);
 }
 
-/* ---- bitmaps, bit by bit ------------------------------------------------------------------------ */
+/* ---- bitmaps, word by word ---------------------------------------------------------------------- */
 
-static int bit(const uint8_t *bits, uint64_t n)
+/* The 64 bits from a multiple of 64 on; those beyond the end are clear. */
+static uint64_t word(const uint8_t *bits, uint64_t nbits, uint64_t at)
 {
-	return bits[n >> 3] >> (n & 7) & 1;
+	uint64_t left = nbits - at, found = 0;
+
+	if (left >= 64) {
+		memcpy(&found, bits + at / 8, 8);
+		return found;
+	}
+	memcpy(&found, bits + at / 8, (left + 7) / 8);
+	return found & (((uint64_t)1 << left) - 1);
 }
 
 /* The first of `count` clear bits in a row, or nbits. */
 uint64_t peer_find(const uint8_t *bits, uint64_t nbits, uint64_t count)
 {
-	uint64_t clear = 0;
+	uint64_t start = 0, before = 0;
 
-	for (uint64_t n = 0; n < nbits; n++) {
-		clear = bit(bits, n) ? 0 : clear + 1;
-		if (clear == count)
-			return n + 1 - count;
+	/* An edge is a bit that differs from the one before it. */
+	for (uint64_t at = 0; at < nbits; at += 64) {
+		uint64_t bits64 = word(bits, nbits, at), edges = bits64 ^ (bits64 << 1 | before);
+
+		before = bits64 >> 63;
+		for (; edges; edges &= edges - 1) {
+			uint64_t edge = at + (uint64_t)__builtin_ctzll(edges);
+
+			if (!(bits64 >> (edge & 63) & 1))
+				start = edge;
+			else if (edge - start >= count)
+				return start;
+		}
 	}
-	return nbits;
+	return !before && nbits - start >= count ? start : nbits;
 }
 
 /* All runs of set bits as (first, count), at most `room` of them; how many there are. */
 uint64_t peer_runs(const uint8_t *bits, uint64_t nbits, uint64_t *runs, uint64_t room)
 {
-	uint64_t found = 0;
+	uint64_t found = 0, start = 0, before = 0;
 
-	for (uint64_t n = 0; n < nbits; n++) {
-		if (!bit(bits, n))
-			continue;
-		if (!n || !bit(bits, n - 1)) {
+	for (uint64_t at = 0; at < nbits; at += 64) {
+		uint64_t bits64 = word(bits, nbits, at), edges = bits64 ^ (bits64 << 1 | before);
+
+		before = bits64 >> 63;
+		for (; edges; edges &= edges - 1) {
+			uint64_t edge = at + (uint64_t)__builtin_ctzll(edges);
+
+			if (bits64 >> (edge & 63) & 1) {
+				start = edge;
+				continue;
+			}
 			if (found < room) {
-				runs[2 * found] = n;
-				runs[2 * found + 1] = 0;
+				runs[2 * found] = start;
+				runs[2 * found + 1] = edge - start;
 			}
 			found++;
 		}
-		if (found <= room)
-			runs[2 * found - 1]++;
+	}
+	if (before) {
+		if (found < room) {
+			runs[2 * found] = start;
+			runs[2 * found + 1] = nbits - start;
+		}
+		found++;
 	}
 	return found;
 }

@@ -103,7 +103,7 @@ class Peers:
             self._lib.peer_rest()
 
     def find(self, bits: Any, nbits: int, count: int) -> int:
-        """The first of `count` clear bits in a row, looked for bit by bit."""
+        """The first of `count` clear bits in a row, looked for word by word."""
         return int(self._lib.peer_find(self.ffi.from_buffer("uint8_t[]", bits), nbits, count))
 
     def runs(self, bits: Any, nbits: int, out: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from shlex import quote
 
@@ -18,9 +19,9 @@ _INTRODUCTION = """\
 # Results of one run
 
 One run of `sparsemem bench`, on one machine; what another gives is best measured there. What is missed, and why, is in
-[README.md](README.md). To repeat it, with about
-10 GiB of free memory, a C compiler, numpy and nothing else running (and 512 pages in /proc/sys/vm/nr_hugepages
-for the cases of the huge page pool):
+[README.md](README.md). To repeat it, with {memory} of
+free memory, a C compiler, numpy and nothing else running (and 512 pages in /proc/sys/vm/nr_hugepages for the cases of
+the huge page pool):
 
 ```console
 $ sparsemem bench {command} > benchmarks/RESULTS.md
@@ -28,7 +29,7 @@ $ sparsemem bench {command} > benchmarks/RESULTS.md
 {parts}
 All ways of a case take turns in one process, for {rounds} rounds after one that does not count. A figure is the median
 of the rounds, with the least and the most; a ratio is to the case's peer, round by round. Lower is better, except for
-rates. Just before each measurement as much memory as it needs is populated and freed: the host has given it then.
+rates. Just before each way is measured as much memory as it needs is populated and freed: the host has given it then.
 
 ## The machine
 
@@ -53,7 +54,9 @@ def _digits(figure: float) -> str:
 
 
 def _ratio(ratio: float) -> str:
-    return f"{ratio:.3f}" if ratio < 10 else _digits(ratio)
+    if ratio >= 10:
+        return _digits(ratio)
+    return f"{ratio:.3f}" if ratio >= 0.1 or not ratio else f"{ratio:.{2 - math.floor(math.log10(ratio))}f}"
 
 
 def _range(spread: Spread, unit: str) -> str:
@@ -171,6 +174,7 @@ def report(outcome: Outcome, arguments: Iterable[str], *, parts: int = 0) -> str
     introduction = _INTRODUCTION.format(
         command=" ".join(map(quote, arguments)),
         parts=_PARTS.format(n=parts) if parts > 1 else "",
+        memory="10 GiB" if outcome.scale.name == "full" else "1 GiB",
         rounds=outcome.scale.rounds,
         machine=machine,
     )

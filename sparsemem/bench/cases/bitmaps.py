@@ -24,7 +24,7 @@ _BLOCK = 4 << 10
 _FEWER = 1 << 19
 
 _FIND, _TUPLES, _ARRAY = "find at the far end", "a run, of all as tuples", "all runs as an array"
-_BIT_BY_BIT = "C, bit by bit"
+_IN_C = "C, word by word"
 _NUMPY = "numpy on Region.bitmap"
 
 
@@ -63,7 +63,7 @@ def _ways(bits: int | None, lab: Lab) -> Iterator[list[Way]]:
     with Region(nbits * _BLOCK, block_size=_BLOCK, backend=_Nothing(), plugged=pairs) as region:
         ways = [
             Way("sparsemem", partial(_ours, region, runs)),
-            lab.in_c(_BIT_BY_BIT, partial(_bit_by_bit, region, runs)),
+            lab.in_c(_IN_C, partial(_in_c, region, runs)),
         ]
         if bits is not None:  # the smaller: for the larger it takes seconds, and says no more
             ways.append(lab.in_numpy(_NUMPY, partial(_with_numpy, region, runs)))
@@ -85,7 +85,7 @@ def _ours(region: Region, runs: int) -> Figures:
     return figures
 
 
-def _bit_by_bit(region: Region, runs: int, peers: Peers) -> Figures:
+def _in_c(region: Region, runs: int, peers: Peers) -> Figures:
     out = array("Q", bytes(16 * runs))
     watch = Watch()
     found = peers.find(region.bitmap, region.nblocks, _RUN + 1)
@@ -117,7 +117,7 @@ def _check(found: object, expected: object) -> None:
 
 
 def _case(name: str, bits: int | None, title: str) -> Case:
-    measures = (Measure(_FIND, _BIT_BY_BIT), Measure(_TUPLES, _BIT_BY_BIT), Measure(_ARRAY, _BIT_BY_BIT))
+    measures = (Measure(_FIND, _IN_C), Measure(_TUPLES, _IN_C), Measure(_ARRAY, _IN_C))
     return Case(name, f"{title}, 64 plugged and 64 free in turn", measures, partial(_ways, bits))
 
 

@@ -18,7 +18,7 @@ from sparsemem.bench.model import RATE, Case, Figures, Measure, Published, Way
 from sparsemem.bench.peers import Peers
 from sparsemem.region import Region
 
-_BARE = "C, bare calls"
+_BARE = "C, bare calls, 1 thread"
 _SMALL = 4 << 10
 _LARGE = 2 << 20
 
@@ -41,7 +41,7 @@ PUBLISHED = tuple(
 def _ways(block: int, lab: Lab) -> Iterator[list[Way]]:
     size = lab.scale.size
     yield [
-        Way("sparsemem", partial(_ours, size, block), memory=size),
+        *(Way(f"sparsemem, {name}", partial(_ours, size, block, n), lacks, size) for name, n, lacks in lab.threads()),
         lab.in_c(_BARE, partial(_bare, size, block), memory=size),
     ]
 
@@ -51,12 +51,12 @@ def _rates(size: int, returned: float, touched: float, untouched: float) -> Figu
     return {TOUCHED: gib / touched, UNTOUCHED: gib / untouched, RETURNED: gib / returned}
 
 
-def _ours(size: int, block: int) -> Figures:
+def _ours(size: int, block: int, threads: int) -> Figures:
     """Return: blocks are plugged and every page is written to.  Reclaim: they are unplugged.
 
     Untouched are plugged blocks that have no memory, since their pages were discarded.
     """
-    with Region(size, block_size=block) as region:
+    with Region(size, block_size=block, threads=threads) as region:
         watch = Watch()
         region.plug(0, region.nblocks)
         with region.view(0, region.nblocks) as view:

@@ -18,9 +18,9 @@ import attrs
 from attrs import frozen
 
 from sparsemem._sys import files, lib, probe
-from sparsemem.backends import Anonymous, File, Memfd
+from sparsemem.backends import Anonymous, File, Memfd, Tmpfs
 from sparsemem.backends.base import Backend
-from sparsemem.bench.cases.rivals import PRIVATE, Bare, others, system_calls
+from sparsemem.bench.cases.rivals import PRIVATE, Bare, collapsed, others, system_calls
 from sparsemem.bench.lab import FAILURES, Lab, Watch, explain
 from sparsemem.bench.model import TIMES, Case, Figures, Measure, Way
 from sparsemem.errors import UnsupportedError
@@ -42,6 +42,7 @@ class Kind:
         folder: Makes such a folder.
         pool: Size of its huge pages, if it takes them from a pool.
         measures_memory: Whether the memory used is measured, too.
+        collapses: Whether shared small pages can be made huge: then that is measured from C, too.
         brief: Whether only the best of ours and system calls are measured, since all else is
             as for another kind.
     """
@@ -54,6 +55,7 @@ class Kind:
     folder: Callable[[], AbstractContextManager[str]] | None = None
     pool: int = 0
     measures_memory: bool = False
+    collapses: bool = False
     brief: bool = False
 
 
@@ -65,6 +67,13 @@ def _disk() -> Iterator[str]:
         raise UnsupportedError(f"{place} is not on a disk")
     with TemporaryDirectory(prefix="sparsemem-bench-", dir=place) as folder:
         yield folder
+
+
+@contextmanager
+def _own_tmpfs() -> Iterator[str]:
+    """No folder; but a tmpfs of one's own can be had."""
+    Region(_LARGE, block_size=_LARGE, backend=Tmpfs()).close()
+    yield ""
 
 
 @contextmanager
@@ -111,6 +120,7 @@ KINDS = (
         backend=lambda folder: Anonymous(shared=True),
         block_size=_LARGE,
         bare=Bare(mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, discards=(lib.MADV_REMOVE,), advice=lib.MADV_NOHUGEPAGE),
+        collapses=True,
     ),
     Kind(
         name="memfd-4k",
@@ -125,6 +135,7 @@ KINDS = (
         backend=lambda folder: Memfd(),
         block_size=_LARGE,
         bare=Bare(mmap.MAP_SHARED, file=_memfd, advice=lib.MADV_NOHUGEPAGE),
+        collapses=True,
     ),
     Kind(
         name="memfd-private-4k",
@@ -141,6 +152,15 @@ KINDS = (
         block_size=_LARGE,
         bare=Bare(mmap.MAP_PRIVATE, file=_memfd, discards=(lib.MADV_DONTNEED,), advice=lib.MADV_NOHUGEPAGE),
         measures_memory=True,
+        brief=True,
+    ),
+    Kind(
+        name="tmpfs-2m",
+        title="a tmpfs of the region's own, mounted huge=always, 2 MiB blocks; the others have a plain memfd",
+        backend=lambda folder: Tmpfs(),
+        block_size=_LARGE,
+        bare=Bare(mmap.MAP_SHARED, file=_memfd, advice=lib.MADV_NOHUGEPAGE),
+        folder=_own_tmpfs,
         brief=True,
     ),
     Kind(
@@ -187,6 +207,9 @@ def _ways(kind: Kind, lab: Lab) -> Iterator[list[Way]]:
             *_ours(kind, lab, size, folder, STRATEGIES if thorough else STRATEGIES[:1]),
             *system_calls(lab, bare, size, kind.block_size, thorough=thorough),
         ]
+        if kind.collapses:
+            collapse = partial(collapsed, attrs.evolve(bare, advice=None), size)
+            ways.append(lab.in_c("C collapse, then populate_write", collapse, memory=size))
         if bare.advice == lib.MADV_HUGEPAGE:
             small = attrs.evolve(bare, advice=lib.MADV_NOHUGEPAGE)
             ways += system_calls(lab, small, size, _SMALL, of=" of 4 KiB pages")

@@ -88,10 +88,12 @@ def others(lab: Lab, bare: Bare, size: int) -> Iterator[Way]:
     """Other ways of getting memory, and how long it takes only to write it."""
     memory = bare.memory(size)
     if bare.advice != lib.MADV_HUGEPAGE:
-        # With transparent huge pages the advice would come too late.
-        yield lab.in_c("MAP_POPULATE", partial(_mapped, bare, size), memory=memory)
+        # With transparent huge pages the advice would come too late.  (And shared memory is
+        # only read by it, so a file on a disk gets no blocks.)
+        shared = " (reads, allocates nothing)" if bare.folder else " (reads)" if bare.file else ""
+        yield lab.in_c(f"MAP_POPULATE{shared}", partial(_mapped, bare, size), memory=memory)
     if bare.file is not None:
-        yield Way("posix_fallocate", partial(_fallocated, bare, size), memory=memory)
+        yield Way("posix_fallocate (neither cleared nor mapped)", partial(_fallocated, bare, size), memory=memory)
     yield Way("CPython mmap.madvise", partial(_madvised, bare, size), memory=memory)
     yield Way("CPython mmap, touching", partial(_touched, bare, size), memory=memory)
     yield lab.in_numpy("numpy fill", partial(_numpy_filled, bare, size), memory=memory)
@@ -108,6 +110,20 @@ def _advised(bare: Bare, size: int, step: int, peers: Peers) -> Figures:
             figures["memory used"] = bare.used(int(peers.ffi.cast("uintptr_t", base)), fd, size)
             watch.lap()
         bare.discard(peers, base, fd, size, step)
+        figures["discard"] = watch.lap()
+    return figures
+
+
+def collapsed(bare: Bare, size: int, peers: Peers) -> Figures:
+    """Huge pages in shared memory without its mount's leave: a page of each, all collapsed, the rest populated."""
+    huge = 2 << 20
+    with bare.opened(size) as fd, peers.mapping(size, bare.flags, fd) as base:
+        watch = Watch()
+        peers.advise(base, size, lib.MADV_POPULATE_WRITE, step=files.PAGE_SIZE, stride=huge)
+        peers.advise(base, size, lib.MADV_COLLAPSE, step=huge)
+        peers.advise(base, size, lib.MADV_POPULATE_WRITE)
+        figures = {"populate": watch.lap()}
+        bare.discard(peers, base, fd, size, size)
         figures["discard"] = watch.lap()
     return figures
 
@@ -136,7 +152,7 @@ def _mapped(bare: Bare, size: int, peers: Peers) -> Figures:
 
 
 def _fallocated(bare: Bare, size: int) -> Figures:
-    """Gets the file's pages only: the first access still faults."""
+    """Gets the file's pages only: the first access still faults, and the kernel clears the page then."""
     with bare.opened(size) as fd:
         watch = Watch()
         os.posix_fallocate(fd, 0, size)

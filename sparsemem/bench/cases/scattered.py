@@ -1,4 +1,8 @@
-"""Every second block plugged and unplugged in one call, against a loop in C that does one after the other."""
+"""Every second block plugged and unplugged in one call, against a loop in C that does one after the other.
+
+Unless it says otherwise ours takes as many threads as it does by itself: for 128 MiB and more of small
+blocks, another where there is a processor for it.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +47,15 @@ def _ways(block: int, lab: Lab) -> Iterator[list[Way]]:
     memory = blocks * block if block == _SMALL else blocks * block // 2
     yield [
         Way("sparsemem, list of tuples", partial(_ours, lab, block, blocks, _pairs), memory=memory),
+        Way("sparsemem, list of tuples, 1 thread", partial(_ours, lab, block, blocks, _pairs, 1), memory=memory),
         Way("sparsemem, uint64 buffer", partial(_ours, lab, block, blocks, _buffer), memory=memory),
         lab.in_c(_LOOP, partial(_loop, lab, block, blocks), memory=memory),
     ]
 
 
-def _ours(lab: Lab, block: int, blocks: int, make: Runs) -> Figures:
+def _ours(lab: Lab, block: int, blocks: int, make: Runs, threads: int | None = None) -> Figures:
     runs, figures = make(blocks), dict[str, float]()
-    with Region(block * blocks, block_size=block) as region:
+    with Region(block * blocks, block_size=block, threads=threads) as region:
         watch = Watch()
         region.plug_runs(runs)
         figures["plug"] = watch.lap()

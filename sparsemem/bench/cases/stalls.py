@@ -18,6 +18,8 @@ from sparsemem.region import Region
 _WHOLE = "C populate_write, one call"
 _PAUSE = 0.0005
 _SETTLE = 0.02
+_IDLE = 0.5
+_BESIDE = (("", False), (", beside a busy Python thread", True))
 _SMALL = 4 << 10
 _LARGE = 2 << 20
 
@@ -26,17 +28,25 @@ class Ticker:
     """A Python thread that sleeps half a millisecond at a time, and notes how late it was at worst."""
 
     def __init__(self) -> None:
-        self.worst = 0.0
+        self._worst = 0.0
+        self._before = time.perf_counter()
         self._stop = False
         self._thread = threading.Thread(target=self._tick)
 
     def _tick(self) -> None:
-        before = time.perf_counter()
         while not self._stop:
             time.sleep(_PAUSE)
-            now = time.perf_counter()
-            self.worst = max(self.worst, now - before - _PAUSE)
-            before = now
+            self._worst = self.worst
+            self._before = time.perf_counter()
+
+    @property
+    def worst(self) -> float:
+        """Seconds, what it waits for at this moment included."""
+        return max(self._worst, time.perf_counter() - self._before - _PAUSE)
+
+    def start_over(self) -> None:
+        """Forgets what was."""
+        self._worst = 0.0
 
     def __enter__(self) -> Ticker:
         self._thread.start()
@@ -68,10 +78,13 @@ def _busy_thread() -> Iterator[None]:
 @contextmanager
 def _ways(block: int, lab: Lab) -> Iterator[list[Way]]:
     size = lab.scale.watched
-    ways = [lab.in_c(_WHOLE, partial(_bare, lab, size, block), memory=size)]
+    ways = [
+        lab.in_c(f"{_WHOLE}{beside}", partial(_bare, lab, size, block, busy), memory=size) for beside, busy in _BESIDE
+    ]
+    ways.append(Way(f"nothing{_BESIDE[1][0]}", partial(_nothing, lab)))
     # As many as the library takes by itself, and one: what a busy thread takes away from that is no processor.
     for name, threads in (("", None), (", 1 thread", 1)):
-        for beside, busy in (("", False), (", beside a busy Python thread", True)):
+        for beside, busy in _BESIDE:
             plug = partial(_plug, lab, size, block, threads, busy)
             ways.append(Way(f"sparsemem{name}{beside}", plug, memory=size))
     yield ways
@@ -82,10 +95,17 @@ def _plug(lab: Lab, size: int, block: int, threads: int | None, busy: bool) -> F
         return _watched(lab, lambda: region.plug(0, region.nblocks), busy)
 
 
-def _bare(lab: Lab, size: int, block: int, peers: Peers) -> Figures:
+def _nothing(lab: Lab) -> Figures:
+    """What a thread waits for the busy one alone: nobody here wants anything of them."""
+    figures = dict(_watched(lab, lambda: time.sleep(_IDLE), True))
+    del figures["plug"]
+    return figures
+
+
+def _bare(lab: Lab, size: int, block: int, busy: bool, peers: Peers) -> Figures:
     advice = lib.MADV_HUGEPAGE if block == _LARGE else lib.MADV_NOHUGEPAGE
     with peers.mapping(size, PRIVATE, advice=advice) as base:
-        return _watched(lab, lambda: peers.advise(base, size, lib.MADV_POPULATE_WRITE), False)
+        return _watched(lab, lambda: peers.advise(base, size, lib.MADV_POPULATE_WRITE), busy)
 
 
 def _watched(lab: Lab, work: Callable[[], object], busy: bool) -> Figures:
@@ -96,10 +116,10 @@ def _watched(lab: Lab, work: Callable[[], object], busy: bool) -> Figures:
         ticker = stack.enter_context(Ticker())
         waited = stack.enter_context(lab.peers.watching()) if lab.peers else []
         time.sleep(_SETTLE)  # until they all run
+        ticker.start_over()
         watch = Watch()
         work()
-        figures = {"plug": watch.lap()}
-    figures["Python stall"] = ticker.worst
+        figures = {"plug": watch.lap(), "Python stall": ticker.worst}
     if waited:
         figures["mmap wait"] = waited[0]
     return figures
