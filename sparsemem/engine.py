@@ -13,6 +13,7 @@ crew is told to stop.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from attrs import field, frozen
 from sparsemem import workers
 from sparsemem._sys import ffi, lib
 from sparsemem.backends.base import Mapping
-from sparsemem.errors import DeadlineError, OperationCancelledError, Run
+from sparsemem.errors import DeadlineError, ForkedRegionError, OperationCancelledError, Run
 from sparsemem.runs import Runs, join, subtract, to_blocks
 
 SLICE_NS = 40_000_000
@@ -52,6 +53,18 @@ class StepFailedError(Exception):
         self.offset = offset
 
 
+def require_process(process: int) -> None:
+    """Goes on in that process alone: a callback or a signal's handler may have forked.
+
+    The work that its caller was in goes on in the parent, so a child must not do it again, nor undo it.
+
+    Raises:
+        ForkedRegionError: This is a child of it.
+    """
+    if os.getpid() != process:
+        raise ForkedRegionError("the operation goes on in the parent process: this one was forked in the middle of it")
+
+
 @frozen
 class Control:
     """How the caller looks on, and how it can stop the work.
@@ -73,9 +86,12 @@ class Control:
         Raises:
             OperationCancelledError: It was cancelled.
             DeadlineError: It takes too long.
+            ForkedRegionError: The progress has forked, and this is the child.
         """
         if self.progress is not None:
+            process = os.getpid()
             self.progress(done, total)
+            require_process(process)
         if self.cancel is not None and self.cancel.is_set():
             raise OperationCancelledError(f"cancelled after {done} of {total} bytes")
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -115,6 +131,7 @@ class Work:
     ) -> None:
         self._mapping = mapping
         self._operation = operation
+        self._process = os.getpid()
         self._runs = runs  # the jobs point at them
         self._total = runs.total << shift
         self._completed: list[Run] = []
@@ -183,6 +200,7 @@ class Work:
     def _advance(self, part: Any, control: Control, slice_ns: int) -> None:
         code = lib.SM_MORE
         while code == lib.SM_MORE and not (self._crew is not None and self._crew.stop):
+            require_process(self._process)
             code = self._mapping.advance(part, self._operation, slice_ns)
             if code == lib.SM_MORE:
                 self._look_up(control)
@@ -193,7 +211,8 @@ class Work:
 
     def _stop(self) -> None:
         """Nobody works on it any more when this returns, so that what was begun is known."""
-        if self._crew is not None:
+        # The threads that are counted as active in a child are the parent's: nobody to wait for.
+        if self._crew is not None and os.getpid() == self._process:
             for future in self._futures:
                 future.cancel()
             while lib.sm_crew_stop(self._crew, 50):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sparsemem import Anonymous, File, ForkedRegionError, Memfd, Region, RegionClosedError, Simulated
+from sparsemem._sys import calls
 from tests.support import accounting
 from tests.support.children import run_child
 from tests.support.kinds import Made, every_viewable, every_viewable_or_protected, private_bytes
@@ -249,3 +252,111 @@ def test_a_child_that_ends_as_programs_do_touches_nothing(how: str, tmp_path: Pa
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["exit", "True b'hello'", "told True 0 2", "exit"]
     assert not path.exists()
+
+
+class Forking:
+    """A listener, or somebody who looks on, that forks once; what the child does then is up to it."""
+
+    def __init__(self, child: Callable[[], None]) -> None:
+        self.child = child
+        self.pid = -1
+        self.journal: list[tuple[str, int, int]] = []
+
+    def fork(self) -> None:
+        if self.pid < 0:
+            self.pid = os.fork()
+            if self.pid == 0:
+                self.child()
+
+    def on_plug(self, first: int, count: int) -> None:
+        self.journal.append(("plug", first, count))
+        self.fork()
+
+    def on_unplug(self, first: int, count: int) -> None:
+        self.journal.append(("unplug", first, count))
+        if self.journal[0][0] == "unplug":
+            self.fork()
+
+
+@pytest.mark.promise("fork-safe", found="the child undid what its parent was doing, in memory that both have")
+@pytest.mark.parametrize("leaves", [False, True], ids=["goes on", "leaves"])
+@pytest.mark.parametrize("during", ["on_plug", "on_unplug", "progress"])
+@pytest.mark.parametrize("fork", ["refuse", "inherit"])
+def test_a_fork_in_the_middle_of_an_operation_leaves_it_to_the_parent(fork: str, during: str, leaves: bool) -> None:
+    parent = os.getpid()
+    written, let_write = os.pipe()
+
+    def child() -> None:
+        os.read(written, 1)  # the parent has gone on, and used the blocks
+        if leaves:
+            sys.exit(0)
+
+    forking = Forking(child)
+    with Region("64M", block_size="1M", backend=Memfd(), fork=fork) as region:
+        if during == "on_unplug":
+            region.plug(0, 4)
+        if during != "progress":
+            region.add_listener(forking) if during == "on_plug" else region._core.listen((forking,))
+        journal_before = len(forking.journal)
+        try:
+            if during == "on_unplug":
+                region.unplug(0, 4)
+                region.plug(0, 4)
+            else:
+                watch = (lambda done, total: forking.fork()) if during == "progress" else None
+                region.plug(0, 4, progress=watch)
+        except SystemExit:
+            os._exit(0 if leaves and len(forking.journal) - journal_before <= 1 else 1)
+        except ForkedRegionError as error:
+            told_no_more = len(forking.journal) - journal_before <= 1
+            os._exit(0 if not leaves and told_no_more and "in the middle of it" in str(error) else 2)
+        except BaseException:
+            os._exit(3)
+        if os.getpid() != parent:
+            os._exit(4)
+        region.view(0)[:5] = b"hello"
+        os.write(let_write, b"1")
+        assert os.waitstatus_to_exitcode(os.waitpid(forking.pid, 0)[1]) == 0
+        assert bytes(region.view(0)[:5]) == b"hello"
+        assert region.audit().ok
+        gc.collect()
+    os.close(written)
+    os.close(let_write)
+
+
+@pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "a name meanwhile"])
+def test_a_fork_in_the_middle_of_a_save_leaves_it_to_the_parent(
+    unnamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not unnamed:
+        real = calls.kernel.open_in
+
+        def open_in(folder: int, name: str, flags: int, mode: int) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "no unnamed files")
+            return real(folder, name, flags, mode)
+
+        monkeypatch.setattr(calls.kernel, "open_in", open_in)
+    parent = os.getpid()
+    forking = Forking(lambda: None)
+
+    def look_on(done: int, total: int) -> None:
+        if forking.pid < 0:
+            forking.fork()
+            if os.getpid() == parent:
+                assert os.waitstatus_to_exitcode(os.waitpid(forking.pid, 0)[1]) == 0
+
+    with Region("64M", block_size="1M") as region:
+        region.plug(0, 4)
+        region.view(3)[:5] = b"saved"
+        try:
+            region.save(tmp_path / "state", progress=look_on)
+        except ForkedRegionError:
+            os._exit(0)
+        except BaseException:
+            os._exit(3)
+        if os.getpid() != parent:
+            os._exit(4)
+    assert os.listdir(tmp_path) == ["state"]
+    with Region.restore(tmp_path / "state") as restored:
+        assert bytes(restored.view(3)[:5]) == b"saved"

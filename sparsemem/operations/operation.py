@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from attrs import define, field
@@ -10,12 +11,12 @@ from sparsemem import workers
 from sparsemem.backends.base import Mapping
 from sparsemem.blocks import BlockMap, Claim, runs_of
 from sparsemem.deferral import Deferral
-from sparsemem.engine import Work
+from sparsemem.engine import Work, require_process
 from sparsemem.errors import Run, UnsupportedError
 from sparsemem.headroom import Gauge
 from sparsemem.listeners import Listener
 from sparsemem.quick import Quick, not_at_once
-from sparsemem.runs import Runs
+from sparsemem.runs import EMPTY, Runs
 from sparsemem.statistics import Tally
 from sparsemem.warm import Warm
 
@@ -76,9 +77,13 @@ class Core:
 class Operation:
     """One operation; `perform` does it, `undo` puts right what a stop left behind."""
 
+    only_reads = False
+    """Whether it leaves the blocks as they are, whatever becomes of it."""
+
     def __init__(self, core: Core, claim: Claim) -> None:
         self.core = core
         self.claim = claim
+        self._process = os.getpid()
 
     def perform(self) -> int:
         raise NotImplementedError
@@ -87,18 +92,29 @@ class Operation:
         """Puts things right; does nothing once the claim is finished, so it can be called again."""
         raise NotImplementedError
 
+    def require_process(self) -> None:
+        """Raises ForkedRegionError in a child of the process that it was begun in."""
+        require_process(self._process)
+
+    def end(self, error: BaseException | None) -> None:
+        """As `undo`, but in a child: what was done so far, and who was told, are the parent's."""
+        if os.getpid() == self._process:
+            self.undo(error)
+        elif self.claim.open:
+            self.claim.finish(tainted=EMPTY if self.only_reads else self.claim.runs)
+
 
 def execute(operation: Operation) -> int:
     """Performs an operation, or undoes what it did."""
     try:
         return operation.perform()
     except BaseException as error:
-        operation.undo(error)
+        operation.end(error)
         raise
     finally:
         # Again, for an interrupt may have come in just before or in the middle
         # of the undo above.  After a finished operation this does nothing.
-        operation.undo(None)
+        operation.end(None)
 
 
 def require_discard(mapping: Mapping) -> None:

@@ -76,6 +76,7 @@ class Plug(Operation):
         # Only now: a listener may use the memory at once.
         self._announcement = Announcement(core.listeners, "on_plug", new if core.listeners else ())
         self._announcement.tell()
+        self.require_process()
         changed = claim.finish(plugged=new, empty=EMPTY if self._populate else new)
         core.tally.plugged(size, sum(work.calls for work in self._works), time.monotonic() - started)
         return changed

@@ -77,6 +77,7 @@ class Unplug(Operation):
             # Before the discard: afterwards nobody may fault the memory in again.
             self._announcement = Announcement(core.listeners, "on_unplug", plugged)
             self._announcement.tell()
+            self.require_process()
         if core.deferral is not None and self._want is Want.TO_UNPLUGGED and not claim.select(Map.TAINTED, True).n:
             changed = claim.finish(unplugged=self._victims, pending=self._victims)
             core.deferral.note()

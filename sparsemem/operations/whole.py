@@ -74,6 +74,7 @@ class Whole(Operation):
             if not self._force:
                 raise
             _log.debug("a listener failed as the region closed", exc_info=True)
+        self.require_process()
         self.commit()
         self.claim.finish(close=self._close)
         return 0

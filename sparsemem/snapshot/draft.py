@@ -44,6 +44,7 @@ class Draft:
         self._follow = follow_symlinks
         self._name = ""
         self._temporary: str | None = None
+        self._process = os.getpid()
         self._folder: Descriptor | None = None
         self._file: Descriptor | None = None
 
@@ -163,8 +164,8 @@ class Draft:
                 raise OSError(code, f"it is whole and has its name, but might lose it: {os.strerror(code)}") from error
 
     def discard(self) -> None:
-        """Lets go of it; a file that has not got its name is gone."""
-        if self._temporary is not None and self._folder is not None:
+        """Lets go of it; a file that has not got its name is gone, unless this is a child of who made it."""
+        if self._temporary is not None and self._folder is not None and os.getpid() == self._process:
             with contextlib.suppress(OSError):  # renamed already, for one
                 self._calls.unlink_in(self._folder.fd, self._temporary)
         for descriptor in (self._file, self._folder):

@@ -222,6 +222,8 @@ class _Saving:
 class _Piece(Operation):
     """Copies what is plugged of some blocks, and says how many were; there is nothing to undo."""
 
+    only_reads = True
+
     def __init__(self, saving: _Saving, claim: Claim) -> None:
         super().__init__(saving.core, claim)
         self._saving = saving
