@@ -541,6 +541,24 @@ def test_prot_none_gives_access_back_to_all_that_a_failed_unplug_has_left_as_it_
         assert region.audit().ok
 
 
+@pytest.mark.promise("strays-are-caught")
+def test_prot_none_leaves_protected_what_lies_between_blocks_whose_unplug_fails(inject: Injector) -> None:
+    """Nothing unplugged is part of what access is given back to: no gap is bridged, nor one inside of a run."""
+    for unplug in (
+        lambda region: region.unplug_runs([(2, 2), (6, 2)]),
+        lambda region: region.unplug(2, 6, missing_ok=True),
+        lambda region: region.unplug_all(),
+    ):
+        with Region("1M", block_size=BLOCK, protection="prot_none") as region:
+            region.plug_runs([(0, 4), (6, 4)])
+            inject.step(Step.FORBID, errno=errno.ENOMEM)
+            with pytest.raises(DiscardError) as caught:
+                unplug(region)
+            assert (caught.value.discarded, caught.value.tainted) == ((), ())
+            assert accessible_blocks(region) == [0, 1, 2, 3, 6, 7, 8, 9]
+            assert region.audit().ok
+
+
 def test_prot_none_taints_what_access_cannot_be_given_back_to() -> None:
     """A sealed block can be protected no more, and all that was to go with it is as unknown as that."""
 
