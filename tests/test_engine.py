@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -464,13 +465,31 @@ def test_locked_memory_is_discarded_all_the_same() -> None:
     def child() -> int:
         with Region("16M", block_size=4096, backend=Anonymous()) as region:
             region.plug(0, 64)
-            import ctypes
-
             assert ctypes.CDLL(None).mlock(ctypes.c_void_p(region.address), ctypes.c_size_t(64 * 4096)) == 0
             region.unplug_runs([(i * 2, 1) for i in range(32)])
             return region.audit().resident_size
 
     assert run_child(child).result() == 32 * 4096
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("locked", [0, 2, 31], ids=["the first", "the third", "the last"])
+@pytest.mark.parametrize("pages", [1, 2], ids=["a part of it", "all of it"])
+def test_memory_that_is_locked_in_part_is_discarded_all_the_same(shared: bool, locked: int, pages: int) -> None:
+    """Wherever in a vector it is: what comes before it is done, and the loop takes over from there."""
+
+    def child() -> tuple[int, int, bool]:
+        blocks = [(i * 2, 1) for i in range(32)]
+        with Region("16M", block_size=8192, backend=Anonymous(shared=shared)) as region:
+            region.plug(0, 64)
+            address = region.address + 2 * locked * 8192 + (2 - pages) * 4096
+            assert ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(pages * 4096)) == 0
+            unplugged = region.unplug_runs(blocks)
+            resident = region.audit().resident_size
+            region.plug_runs(blocks)  # its reset is such a discard, too
+            return unplugged, resident, region.audit().ok and region.audit().resident_size == 64 * 8192
+
+    assert run_child(child).result() == (32, 32 * 8192, True)
 
 
 # ---- gaps ----------------------------------------------------------------------------------------

@@ -206,15 +206,21 @@ static int step_over(sm_job *job, int self, unsigned step, const sm_run *ranges,
         return 0;
     if (self >= 0 && n >= WORTH_A_VECTOR && vector_advice(step) >= 0) {
         int error = issue_vector(job, self, step, ranges, n, total, did);
-        /* EINVAL: locked since (see dontneed); the loop knows what to do. */
-        if (error != -EINVAL || *did)
+        if (error != -EINVAL)
             return error;
     }
+    /* EINVAL: some of it was locked since (see dontneed), anywhere in the vector.  Issued one
+     * by one a step knows what to do; that starts behind what the vector has done. */
+    uint64_t skip = *did;
     for (unsigned i = 0; i < n; i++) {
-        int error = issue_or_fail(job, step, ranges[i]);
+        uint64_t done = skip < ranges[i].count ? skip : ranges[i].count;
+        sm_run rest = {ranges[i].first + done, ranges[i].count - done};
+
+        skip -= done;
+        int error = rest.count ? issue_or_fail(job, step, rest) : 0;
         if (error)
             return error;
-        *did += ranges[i].count;
+        *did += rest.count;
     }
     return 0;
 }
