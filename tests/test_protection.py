@@ -516,7 +516,6 @@ def test_prot_none_is_a_mapping_for_each_run() -> None:
         assert len(accounting.vmas(region.address, region.size)) == 1
 
 
-@pytest.mark.promise("strays-are-caught")
 @pytest.mark.parametrize("after", [0, 4096])
 def test_prot_none_gives_access_back_to_all_that_a_failed_unplug_has_left_as_it_was(
     after: int, inject: Injector
@@ -541,7 +540,6 @@ def test_prot_none_gives_access_back_to_all_that_a_failed_unplug_has_left_as_it_
         assert region.audit().ok
 
 
-@pytest.mark.promise("strays-are-caught")
 def test_prot_none_leaves_protected_what_lies_between_blocks_whose_unplug_fails(inject: Injector) -> None:
     """Nothing unplugged is part of what access is given back to: no gap is bridged, nor one inside of a run."""
     for unplug in (
