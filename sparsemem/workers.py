@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 SHARE = 64 << 20
@@ -34,11 +35,31 @@ _making = threading.Lock()
 
 
 def submit(function: Callable[[Any], None], argument: Any) -> Future[None] | None:
-    """Has a thread call the function; None if there are no threads any more, as the interpreter ends."""
+    """Has a thread call the function; None if none ever will: there is no thread to be had, or the interpreter ends."""
+    future: Future[None] = Future()
+    call: list[Callable[[], None]] = [partial(function, argument)]
     try:
-        return _the_pool().submit(function, argument)
+        _the_pool().submit(_perform, future, call)
     except RuntimeError:
-        return None
+        # The pool queues it before it finds that it can start no thread, and one that there
+        # is may have come for it by now: then it is left to that.
+        if future.cancel():
+            call.clear()  # what is queued may stay so for good, and is to keep nothing alive
+            return None
+    return future
+
+
+def _perform(future: Future[None], call: list[Callable[[], None]]) -> None:
+    """In a thread of the pool: makes the call, unless the future is cancelled, by which only one of them has it."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        call.pop()()
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # which now refers to this frame
+    else:
+        future.set_result(None)
 
 
 def sensible(size: int, *, huge: bool) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import gc
 import os
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +177,108 @@ def test_without_threads_to_be_had_the_caller_does_it_all(eager: None, monkeypat
     monkeypatch.setattr(workers, "submit", lambda function, argument: None)
     with Region("1G", block_size=BLOCK, threads=4) as region:
         region.plug(0, 1000)
+        assert region.audit().resident_size == 1000 * BLOCK
+
+
+class OneThread:
+    """A pool in a process that gets a thread for it, and no other (pids.max, RLIMIT_NPROC)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pool = ThreadPoolExecutor(8, thread_name_prefix="sparsemem")
+        self.when_refused: Callable[[], object] = lambda: None
+        """Called where a thread is asked for that cannot be had: what it was to do is queued already."""
+        self._start = threading.Thread.start
+        self._started = False
+        monkeypatch.setattr(workers, "_pool", self.pool)
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: self._start_one(thread))
+
+    def _start_one(self, thread: threading.Thread) -> None:
+        if thread.name.startswith("sparsemem"):
+            if self._started:
+                self.when_refused()
+                raise RuntimeError("can't start new thread")
+            self._started = True
+        self._start(thread)
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneThread]:
+    one = OneThread(monkeypatch)
+    yield one
+    one.pool.shutdown()
+
+
+def test_what_no_thread_was_to_be_had_for_is_never_called_and_kept_alive_by_nothing(one_thread: OneThread) -> None:
+    """It stays in the pool's queue, perhaps for good; whoever was told of it does it himself."""
+
+    class Argument:
+        pass
+
+    gate, called, argument = threading.Event(), list[Any](), Argument()
+    kept = weakref.ref(argument)
+    busy = workers.submit(lambda _: gate.wait(20), None)
+    assert busy is not None
+    assert workers.submit(called.append, argument) is None
+    del argument
+    gc.collect()
+    assert kept() is None
+    gate.set()
+    one_thread.pool.shutdown()  # when all that is queued was looked at
+    assert called == []
+
+
+def test_what_a_thread_has_come_for_though_none_could_be_started_is_waited_for(one_thread: OneThread) -> None:
+    gate, begun, end = threading.Event(), threading.Event(), threading.Event()
+
+    def function(_: object) -> None:
+        begun.set()
+        assert end.wait(20)
+        raise LookupError
+
+    def while_refused() -> None:
+        gate.set()
+        assert begun.wait(20)
+
+    one_thread.when_refused = while_refused
+    assert workers.submit(lambda _: gate.wait(20), None) is not None
+    future = workers.submit(function, None)
+    assert future is not None
+    assert not future.done()
+    end.set()
+    with pytest.raises(LookupError):
+        future.result(20)
+
+
+def test_no_part_is_in_two_hands_where_no_further_thread_can_be_started(eager: None, one_thread: OneThread) -> None:
+    gate, again = threading.Event(), threading.Event()
+    hands: dict[int, list[int]] = {}
+
+    def while_refused() -> None:
+        gate.set()
+        again.wait(20)
+
+    with Region("1G", block_size=BLOCK, threads=5) as region:
+        real, mapping, caller = region._core.mapping.advance, region._core.mapping, threading.get_ident()
+
+        def advance(job: Any, operation: str, budget: int) -> int:
+            me, part = threading.get_ident(), int(ffi.cast("uintptr_t", job))
+            hands.setdefault(part, [])
+            if me not in hands[part]:
+                hands[part].append(me)
+            if me != caller:
+                # The first part that it is given it holds until a second is queued for it.
+                assert gate.wait(20)
+                if sum(me in those for those in hands.values()) > 1:
+                    again.set()
+            return real(job, operation, budget)
+
+        mapping.advance = advance  # type: ignore[method-assign]
+        one_thread.when_refused = while_refused
+        assert region.plug(0, 1000) == 1000
+        assert len(hands) == 5
+        assert again.is_set(), "the thread there is came for a part that no other could be started for"
+        assert all(len(those) == 1 for those in hands.values())
+        assert region.audit().ok
         assert region.audit().resident_size == 1000 * BLOCK
 
 
@@ -464,13 +570,31 @@ def test_locked_memory_is_discarded_all_the_same() -> None:
     def child() -> int:
         with Region("16M", block_size=4096, backend=Anonymous()) as region:
             region.plug(0, 64)
-            import ctypes
-
             assert ctypes.CDLL(None).mlock(ctypes.c_void_p(region.address), ctypes.c_size_t(64 * 4096)) == 0
             region.unplug_runs([(i * 2, 1) for i in range(32)])
             return region.audit().resident_size
 
     assert run_child(child).result() == 32 * 4096
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("locked", [0, 2, 31], ids=["the first", "the third", "the last"])
+@pytest.mark.parametrize("pages", [1, 2], ids=["a part of it", "all of it"])
+def test_memory_that_is_locked_in_part_is_discarded_all_the_same(shared: bool, locked: int, pages: int) -> None:
+    """Wherever in a vector it is: what comes before it is done, and the loop takes over from there."""
+
+    def child() -> tuple[int, int, bool]:
+        blocks = [(i * 2, 1) for i in range(32)]
+        with Region("16M", block_size=8192, backend=Anonymous(shared=shared)) as region:
+            region.plug(0, 64)
+            address = region.address + 2 * locked * 8192 + (2 - pages) * 4096
+            assert ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(pages * 4096)) == 0
+            unplugged = region.unplug_runs(blocks)
+            resident = region.audit().resident_size
+            region.plug_runs(blocks)  # its reset is such a discard, too
+            return unplugged, resident, region.audit().ok and region.audit().resident_size == 64 * 8192
+
+    assert run_child(child).result() == (32, 32 * 8192, True)
 
 
 # ---- gaps ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import mmap
 import os
@@ -10,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +33,8 @@ from sparsemem import (
 )
 from sparsemem._sys import calls, lib, probe
 from sparsemem.backends import Backend
+from sparsemem.recipes import Step
+from sparsemem.runs import join, subtract
 from tests.support import accounting
 from tests.support.children import run_child, unprivileged
 from tests.support.filling import unfilled
@@ -510,6 +514,70 @@ def test_prot_none_is_a_mapping_for_each_run() -> None:
         assert len(accounting.vmas(region.address, region.size)) == 7
         region.unplug_all()
         assert len(accounting.vmas(region.address, region.size)) == 1
+
+
+@pytest.mark.parametrize("after", [0, 4096])
+def test_prot_none_gives_access_back_to_all_that_a_failed_unplug_has_left_as_it_was(
+    after: int, inject: Injector
+) -> None:
+    """In a vectored call access to many runs is taken away before the first of them is discarded."""
+    runs = [(4 * i + 1, 1) for i in range(12)]
+    with Region("4M", block_size=BLOCK, protection="prot_none") as region:
+        region.plug(0, 50)
+        region.view(0, 50)[:] = b"x" * 50 * BLOCK
+        inject.step(Step.FORBID, errno=errno.ENOMEM, nth=6, after=after)
+        with pytest.raises(DiscardError) as caught:
+            region.unplug_runs(runs)
+        error = caught.value
+        assert error.tainted == ()
+        assert join([*error.discarded, *error.remaining]) == runs
+        left = subtract([(0, 50)], error.discarded)
+        assert list(region.plugged_runs()) == left
+        assert accessible_blocks(region) == [block for first, count in left for block in range(first, first + count)]
+        assert all(region.view(*run) == b"x" * run[1] * BLOCK for run in left)
+        assert region.unplug_runs(error.remaining) == len(error.remaining)
+        assert accessible_blocks(region) == [block for block in range(50) if block % 4 != 1 or block == 49]
+        assert region.audit().ok
+
+
+def test_prot_none_leaves_protected_what_lies_between_blocks_whose_unplug_fails(inject: Injector) -> None:
+    """Nothing unplugged is part of what access is given back to: no gap is bridged, nor one inside of a run."""
+    for unplug in (
+        lambda region: region.unplug_runs([(2, 2), (6, 2)]),
+        lambda region: region.unplug(2, 6, missing_ok=True),
+        lambda region: region.unplug_all(),
+    ):
+        with Region("1M", block_size=BLOCK, protection="prot_none") as region:
+            region.plug_runs([(0, 4), (6, 4)])
+            inject.step(Step.FORBID, errno=errno.ENOMEM)
+            with pytest.raises(DiscardError) as caught:
+                unplug(region)
+            assert (caught.value.discarded, caught.value.tainted) == ((), ())
+            assert accessible_blocks(region) == [0, 1, 2, 3, 6, 7, 8, 9]
+            assert region.audit().ok
+
+
+def test_prot_none_taints_what_access_cannot_be_given_back_to() -> None:
+    """A sealed block can be protected no more, and all that was to go with it is as unknown as that."""
+
+    def child() -> tuple[Any, Any, list[int], int]:
+        region = Region("4M", block_size=BLOCK, protection="prot_none")
+        region.plug(0, 50)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syscall(462, ctypes.c_void_p(region.address + 5 * BLOCK), ctypes.c_size_t(BLOCK), 0):
+            return None, None, [], ctypes.get_errno()
+        try:
+            region.unplug_runs([(4 * i + 1, 1) for i in range(12)])
+        except DiscardError as error:
+            return error.discarded, error.tainted, accessible_blocks(region), 0
+        raise AssertionError("a sealed block was protected")
+
+    discarded, tainted, accessible, failed = run_child(child).result()
+    if failed:
+        pytest.skip("needs a kernel with mseal() (Linux 6.10)")
+    assert join([*discarded, *tainted]) == [(1, 1), (5, 1)]
+    assert (5, 1) in tainted
+    assert [block for block in range(50) if block not in accessible] == [first for first, _ in discarded]
 
 
 @pytest.mark.promise("strays-are-caught")

@@ -36,6 +36,7 @@ from sparsemem.recipes import (
     ADVICE,
     GUARD,
     POPULATE_WRITE,
+    PROT_NONE,
     PROTECTIONS,
     RECIPES,
     TRAP,
@@ -139,7 +140,7 @@ class KernelMapping(Mapping):
         self.can_discard = bool(self.recipe.discard)
         self.scales = self.recipe.scales
         self.fork_inherits = request.fork == "inherit"
-        self.bridge = self.recipe.bridge if self._is_ours_alone(area) else 0
+        self.bridge = self.recipe.bridge if self._may_bridge(area, request) else 0
         # Not where something stands in the kernel's place: that must see every call.
         self.direct = isinstance(self._calls, _calls.Kernel) and self.can_discard
         self.protection = check_protection(request.protection)
@@ -188,12 +189,15 @@ class KernelMapping(Mapping):
         # Private copies of a file's pages and the pages of a disk file are small, whatever was asked for.
         return super().huge and bool(self.recipe.huge)
 
-    def _is_ours_alone(self, area: Area) -> bool:
-        """Whether nobody else can have anything in blocks that are unplugged here.
+    def _may_bridge(self, area: Area, request: Request) -> bool:
+        """Whether a discard may go over what is unplugged between two blocks.
 
-        Of a shared file somebody else may have plugged what lies between two of our
-        blocks: a discard that bridges the gap would take it from them.
+        Of a shared file somebody else may have plugged what lies there: it would be taken
+        from them.  And where mprotect() fails access is given back to all that it was to
+        take it from, which must not open what was protected.
         """
+        if request.protection == PROT_NONE:
+            return False
         if self.recipe.inheritance is not Inheritance.SHARED:
             return True
         return area.adopt is None and area.created is None and area.unlink is None and not self.fork_inherits
@@ -515,7 +519,7 @@ class KernelMapping(Mapping):
 
     def fileno(self) -> int:
         fd = self._file()
-        # From now on others may have blocks of their own in it (see _is_ours_alone).
+        # From now on others may have blocks of their own in it (see _may_bridge).
         if self.recipe.inheritance is Inheritance.SHARED:
             self.bridge = 0
         return fd

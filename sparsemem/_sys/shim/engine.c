@@ -206,15 +206,21 @@ static int step_over(sm_job *job, int self, unsigned step, const sm_run *ranges,
         return 0;
     if (self >= 0 && n >= WORTH_A_VECTOR && vector_advice(step) >= 0) {
         int error = issue_vector(job, self, step, ranges, n, total, did);
-        /* EINVAL: locked since (see dontneed); the loop knows what to do. */
-        if (error != -EINVAL || *did)
+        if (error != -EINVAL)
             return error;
     }
+    /* EINVAL: some of it was locked since (see dontneed), anywhere in the vector.  Issued one
+     * by one a step knows what to do; that starts behind what the vector has done. */
+    uint64_t skip = *did;
     for (unsigned i = 0; i < n; i++) {
-        int error = issue_or_fail(job, step, ranges[i]);
+        uint64_t done = skip < ranges[i].count ? skip : ranges[i].count;
+        sm_run rest = {ranges[i].first + done, ranges[i].count - done};
+
+        skip -= done;
+        int error = rest.count ? issue_or_fail(job, step, rest) : 0;
         if (error)
             return error;
-        *did += ranges[i].count;
+        *did += rest.count;
     }
     return 0;
 }
@@ -230,29 +236,44 @@ static uint64_t end_of_range(const sm_run *ranges, unsigned n, uint64_t did)
 }
 
 /*
+ * Access could not be taken away from one of n ranges, the last (the process has as many
+ * mappings as it may): it is given back to them all, for the others have lost it, and a part
+ * of that one may have.  Nothing is discarded yet, so the blocks of an unplug are then plugged
+ * as before.  Backwards, since that takes no more mappings than there were on the way there: a
+ * range that has become one with its protected neighbours has to be cut out of them again, and
+ * those after it may have taken what that needs.  Where one cannot be had back the others are
+ * all the same.
+ */
+static int give_access_back(sm_job *job, const sm_run *ranges, unsigned n)
+{
+    int all = 1;
+
+    while (n--)
+        if (step_issue(job, SM_STEP_ALLOW, ranges[n].first, ranges[n].count))
+            all = 0;
+    return all;
+}
+
+/*
  * A step failed after `did` bytes of the ranges.  What all steps have done counts as
  * done, and what any has touched as begun.  Where nothing was done before it, the futex
  * way knows how far it got; that matters to a backend which cannot discard: it zeroes
- * what is populated, and must touch no more.  Where access could not be taken away it is
- * given back, for a part of it may be gone (the process has as many mappings as it may):
- * nothing is discarded yet, so the blocks of an unplug are then plugged as before.
+ * what is populated, and must touch no more.
  */
 static int note_failure(sm_job *job, unsigned i, const sm_run *ranges, unsigned n,
                         uint64_t total, uint64_t did, int error)
 {
     uint64_t touched = i ? total : end_of_range(ranges, n, did), at = did;
-    sm_run failed = {0, 0};
+    unsigned failed = 0;
 
-    for (unsigned r = 0; r < n; at -= ranges[r++].count)
-        if (at < ranges[r].count) {
-            job->failed_at = ranges[r].first + at;
-            failed = ranges[r];
-            break;
-        }
+    while (failed < n && at >= ranges[failed].count)
+        at -= ranges[failed++].count;
+    if (failed < n)
+        job->failed_at = ranges[failed].first + at;
     if (i == 0 && job->steps[i] == SM_STEP_FUTEX)
         touched = did + job->reached;
-    job->intact = i == 0 && job->steps[i] == SM_STEP_FORBID &&
-                  !step_issue(job, SM_STEP_ALLOW, failed.first, failed.count);
+    job->intact = i == 0 && job->steps[i] == SM_STEP_FORBID && failed < n &&
+                  give_access_back(job, ranges, failed + 1);
     job->begun = moved(job, job->at, touched);
     if (i == job->nsteps - 1) {
         job->at = moved(job, job->at, did);
