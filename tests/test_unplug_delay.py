@@ -29,6 +29,7 @@ from sparsemem import (
     UnsupportedError,
 )
 from sparsemem.backends import Backend
+from sparsemem.blocks import Claim
 from sparsemem.recipes import Step
 from tests.support import accounting
 from tests.support.injector import Injector
@@ -104,6 +105,37 @@ def test_a_replug_cancels_the_discard(make: Callable[[Path], Backend], reuse: st
             assert view == expected
         assert region.audit().ok
         assert region.audit().resident_size == 4 * BLOCK
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("how", ["flush", "due"])
+def test_a_replug_just_before_the_discard_keeps_its_block(
+    make: Callable[[Path], Backend], how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pending is looked at first and claimed afterwards: another thread may come in between."""
+    delay = LONG if how == "flush" else 0.0
+    with Region("16M", block_size=BLOCK, backend=make(tmp_path), unplug_delay=delay) as region:
+        region.plug(0, 8)
+        region.unplug(0, 8)
+
+        class Late(Claim):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                monkeypatch.undo()
+                region.plug_runs([(3, 1), (5, 1)])
+                write(region, 3, 3)
+                write(region, 5, 5)
+
+        monkeypatch.setattr("sparsemem.operations.unplug.Claim", Late)
+        if how == "flush":
+            assert region.flush() == 6 * BLOCK
+        else:
+            region.plug(100)
+        assert pending(region) == 0
+        for block in (3, 5):
+            with region.view(block) as view:
+                assert view == bytes([block]) * BLOCK
+        assert region.audit().ok
 
 
 def test_a_fit_may_be_of_such_blocks() -> None:
