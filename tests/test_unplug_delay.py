@@ -20,6 +20,7 @@ from sparsemem import (
     BlockStateError,
     DiscardError,
     File,
+    ListenerVetoError,
     Memfd,
     OperationCancelledError,
     Region,
@@ -178,6 +179,34 @@ def test_a_delay_of_nothing_is_the_next_operation() -> None:
         region.unplug(1)
         assert pending(region) == 1
         assert region.audit().ok
+
+
+@pytest.mark.parametrize("how", ["due", "flush"])
+def test_what_was_in_other_hands_as_the_rest_was_discarded_is_still_due(how: str) -> None:
+    with Region("4M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.plug(0, 5)
+        region.unplug_runs([(0, 2), (4, 1)])
+        deferral = region._core.deferral
+        assert deferral is not None
+
+        class Refusing(Told):
+            def on_unplug(self, first: int, count: int) -> None:
+                deferral.delay = 0.0
+                if how == "due":
+                    region.plug(20)
+                else:
+                    assert (region.flush(), region.flush()) == (BLOCK, 0)  # the second one knows not since when
+                assert pending(region) == 2, "blocks 0 and 1 are claimed by this unplug"
+                raise LookupError
+
+        refusing = Refusing()
+        region.add_listener(refusing)
+        with pytest.raises(ListenerVetoError):
+            region.unplug(0, 4, missing_ok=True)
+        assert pending(region) == 2
+        region.plug(30)
+        assert pending(region) == 0
+        refusing.on_unplug = super(Refusing, refusing).on_unplug  # type: ignore[method-assign]
 
 
 def test_memory_that_runs_out_is_found_there(tmpfs_mount: Any) -> None:

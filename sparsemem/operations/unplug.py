@@ -150,13 +150,17 @@ def flush(core: Core, control: Control = UNWATCHED) -> int:
         return 0
     since, deferral.since = deferral.since, None
     try:
-        pending = subtract(list(core.blocks.runs(Map.PENDING, True)), list(core.blocks.runs(Map.BUSY, True)))
-        if not pending:
-            return 0
-        claim = Claim(core.blocks, core.block_runs(pending))
-        return execute(Unplug(core, claim, want=Want.PENDING_ONLY, strict=False, control=control)) << core.shift
+        found = list(core.blocks.runs(Map.PENDING, True))
+        pending = subtract(found, list(core.blocks.runs(Map.BUSY, True)))
+        done = 0
+        if pending:
+            claim = Claim(core.blocks, core.block_runs(pending))
+            done = execute(Unplug(core, claim, want=Want.PENDING_ONLY, strict=False, control=control))
+        if pending != found:
+            deferral.put_back(since)  # whoever has them in hand may well leave them as they are
+        return done << core.shift
     except BaseException:
-        deferral.since = since  # the rest of it is due all the same
+        deferral.put_back(since)  # the rest of it is due all the same
         raise
 
 
