@@ -44,39 +44,41 @@ class Whole(Operation):
     """Has the region to itself while listeners are told about all plugged blocks.
 
     Args:
-        listeners: Whom to tell.
-        event: What.
-        close: Close the block map afterwards; then views must not live, unless
-            `force`.
-        force: Close whatever lives, and whatever listeners say.
+        event: What they are told.
+        strict: Refuse while views live.
     """
 
-    def __init__(
-        self, core: Core, listeners: tuple[Listener, ...], event: str, *, close: bool = False, force: bool = False
-    ) -> None:
+    def __init__(self, core: Core, event: str, *, strict: bool = False) -> None:
         super().__init__(core, Claim(core.blocks, EMPTY))
-        self._listeners = listeners
         self._event = event
-        self._close = close
-        self._force = force
+        self._strict = strict
         self._before: tuple[Listener, ...] | None = None
         self._announcement: Announcement | None = None
 
     def perform(self) -> int:
         core = self.core
-        self.claim.take(Want.WHOLE, strict=self._close and not self._force)
+        self.claim.take(Want.WHOLE, self._strict)
         self._before = core.listeners
-        plugged = core.blocks.runs(Map.PLUGGED, True) if self._listeners else ()
-        self._announcement = Announcement(self._listeners, self._event, plugged)
-        try:
-            self._announcement.tell()
-        except Exception:
-            if not self._force:
-                raise
-            _log.debug("a listener failed as the region closed", exc_info=True)
+        # Only now: another thread may have added or removed one while this one waited.
+        listeners = self.whom()
+        plugged = core.blocks.runs(Map.PLUGGED, True) if listeners else ()
+        self._announcement = Announcement(listeners, self._event, plugged)
+        self.tell(self._announcement)
         self.commit()
-        self.claim.finish(close=self._close)
+        self.claim.finish()
         return 0
+
+    def whom(self) -> tuple[Listener, ...]:
+        """Whom to tell.
+
+        Raises:
+            ValueError: It has come to nothing meanwhile.
+        """
+        raise NotImplementedError
+
+    def tell(self, announcement: Announcement) -> None:
+        """Tells them."""
+        announcement.tell()
 
     def commit(self) -> None:
         """What else changes when everybody was told; in one step."""
@@ -96,12 +98,14 @@ class Join(Whole):
     """Adds a listener, which is told of all plugged blocks."""
 
     def __init__(self, core: Core, listener: Listener) -> None:
-        super().__init__(core, (listener,), "on_plug")
+        super().__init__(core, "on_plug")
         self._listener = listener
 
+    def whom(self) -> tuple[Listener, ...]:
+        check_listens(self.core, self._listener, False)
+        return (self._listener,)
+
     def commit(self) -> None:
-        if any(known is self._listener for known in self.core.listeners):
-            raise ValueError(f"{self._listener!r} is registered already")  # another thread was faster
         self.core.listen((*self.core.listeners, self._listener))
 
 
@@ -109,9 +113,44 @@ class Leave(Whole):
     """Removes a listener, which is told that all plugged blocks go."""
 
     def __init__(self, core: Core, listener: Listener) -> None:
-        super().__init__(core, (listener,), "on_unplug")
+        super().__init__(core, "on_unplug")
         self._listener = listener
 
+    def whom(self) -> tuple[Listener, ...]:
+        check_listens(self.core, self._listener, True)
+        return (self._listener,)
+
     def commit(self) -> None:
-        # By identity: listeners that compare equal are still two.
         self.core.listen(tuple(known for known in self.core.listeners if known is not self._listener))
+
+
+class Close(Whole):
+    """Closes the block map, once everybody was told that all plugged blocks go.
+
+    Args:
+        force: Close whatever lives, and whatever listeners say.
+    """
+
+    def __init__(self, core: Core, *, force: bool = False) -> None:
+        super().__init__(core, "on_unplug", strict=not force)
+        self._force = force
+
+    def whom(self) -> tuple[Listener, ...]:
+        return self.core.listeners
+
+    def tell(self, announcement: Announcement) -> None:
+        try:
+            announcement.tell()
+        except Exception:
+            if not self._force:
+                raise
+            _log.debug("a listener failed as the region closed", exc_info=True)
+
+    def commit(self) -> None:
+        self.claim.finish(close=True)
+
+
+def check_listens(core: Core, listener: Listener, registered: bool) -> None:
+    """Raises ValueError unless the listener is registered, or is not; by identity, as equal ones are still two."""
+    if any(known is listener for known in core.listeners) is not registered:
+        raise ValueError(f"{listener!r} is {'not registered' if registered else 'registered already'}")
