@@ -1195,6 +1195,8 @@ class Region:
         Raises:
             ViewsAliveError: A view is alive; nothing was changed.
             ListenerVetoError: A listener refused; nothing was changed.
+            DiscardError: What `unplug_delay` had put off could not be discarded; it is tainted, and
+                the region still open.
         """
         self._close(force=False)
 

@@ -30,7 +30,7 @@ from sparsemem import (
     UnsupportedError,
 )
 from sparsemem.backends import Backend
-from sparsemem.blocks import Claim
+from sparsemem.blocks import Claim, Want
 from sparsemem.recipes import Step
 from tests.support import accounting
 from tests.support.injector import Injector
@@ -279,6 +279,86 @@ def test_what_outlives_the_region_is_given_back_as_it_closes(tmp_path: Path) -> 
     assert data[: 3 * BLOCK] == bytes(3 * BLOCK)
     assert data[3 * BLOCK] == 8
     assert accounting.allocated_bytes(path) <= 2 * BLOCK
+
+
+Beside = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def beside_close(monkeypatch: pytest.MonkeyPatch) -> Beside:
+    """Has something come to its end after the close has flushed, while it waits for those in flight."""
+
+    def beside_close(happens: Callable[[], object]) -> None:
+        class Waiting(Claim):
+            def take(self, want: Want, strict: bool = True) -> None:
+                monkeypatch.undo()
+                happens()
+                super().take(want, strict)
+
+        monkeypatch.setattr("sparsemem.operations.whole.Claim", Waiting)
+
+    return beside_close
+
+
+def test_what_an_unplug_in_flight_leaves_behind_is_given_back_too(tmp_path: Path, beside_close: Beside) -> None:
+    path = tmp_path / "file"
+    with Region("1M", block_size=BLOCK, backend=File(path), unplug_delay=LONG) as region:
+        region.plug(0, 4)
+        for block in range(4):
+            write(region, block, 7)
+        beside_close(lambda: region.unplug_runs([(0, 1), (2, 1)]))
+    assert path.read_bytes()[: 4 * BLOCK] == (bytes(BLOCK) + b"\x07" * BLOCK) * 2
+    assert accounting.allocated_bytes(path) <= 3 * BLOCK
+    with Region("1M", block_size=BLOCK, backend=File(path, existing="adopt")) as region:
+        assert list(region.plugged_runs()) == [(1, 1), (3, 1)]
+
+
+def test_a_failure_of_that_is_told_by_close(inject: Injector, beside_close: Beside) -> None:
+    told = Told()
+    with Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.add_listener(told)
+        region.plug(0, 8)
+        beside_close(lambda: region.unplug_runs([(0, 1), (2, 1), (4, 1)]))
+        inject.step(Step.DONTNEED, errno=errno.EIO, nth=2)
+        with pytest.raises(DiscardError) as caught:
+            region.close()
+        error = caught.value
+        assert (error.discarded, error.tainted, error.remaining) == (((0, 1),), ((2, 1),), ((4, 1),))
+        assert not region.closed
+        assert list(region.tainted_runs()) == [(2, 1)]
+        assert (pending(region), told.blocks) == (1, {1, 3, 5, 6, 7})
+        assert (region.flush(), region.scrub()) == (BLOCK, 1)
+        assert region.audit().ok
+    assert (region.closed, told.blocks) == (True, set())
+
+
+def test_a_close_by_an_error_goes_on_past_such_a_failure(inject: Injector, beside_close: Beside) -> None:
+    told = Told()
+    with pytest.raises(KeyError), Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.add_listener(told)
+        region.plug(0, 4)
+        beside_close(lambda: region.unplug(0))
+        inject.step(Step.DONTNEED, errno=errno.EIO)
+        raise KeyError
+    assert (region.closed, told.blocks) == (True, set())
+
+
+def test_a_close_that_is_refused_has_discarded_it_all_the_same(beside_close: Beside) -> None:
+    class Refusing(Told):
+        def on_unplug(self, first: int, count: int) -> None:
+            if first == 2 and count == 2:
+                raise LookupError
+            super().on_unplug(first, count)
+
+    with Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.add_listener(Refusing())
+        region.plug_runs([(0, 4)])
+        beside_close(lambda: region.unplug(0, 2))
+        with pytest.raises(ListenerVetoError):
+            region.close()
+        assert (pending(region), region.plugged_blocks, region.audit().ok) == (0, 2, True)
+        region.plug(4)
+        assert region.plugged_blocks == 3
 
 
 def test_a_failed_replug_leaves_such_a_block_discarded_and_unplugged(inject: Injector) -> None:

@@ -101,7 +101,7 @@ class Unplug(Operation):
         if not claim.open:
             return
         if self._settled is None:  # once: what is announced below must stay true
-            self._settled = self._settle()
+            self._settled = settle(self._work, core.shift)
         victims = list(self._victims)
         done, failed = (clip(runs, victims) for runs in self._settled)
         remaining = subtract(victims, done)
@@ -114,22 +114,22 @@ class Unplug(Operation):
             error.discarded, error.tainted = tuple(done), tuple(failed)
             error.remaining = tuple(subtract(remaining, failed))
 
-    def _settle(self) -> tuple[list[Run], list[Run]]:
-        """Brings the work to a block boundary: blocks that are gone, and those of unknown content."""
-        work, shift = self._work, self.core.shift
-        if work is None:
-            return [], []
-        step_failed = work.step_failed
-        if not step_failed:
-            try:
-                work.complete_unit(shift)
-            except StepFailedError:
-                step_failed = True
-        done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
-        # All of a failed call's range: MADV_DONTNEED goes on past a hole and
-        # still returns ENOMEM.
-        begun = to_blocks(work.touched(), shift)
-        return done, subtract(begun, done) if step_failed else []
+
+def settle(work: Work | None, shift: int) -> tuple[list[Run], list[Run]]:
+    """Brings a discard to a block boundary: blocks that are gone, and those of unknown content."""
+    if work is None:
+        return [], []
+    step_failed = work.step_failed
+    if not step_failed:
+        try:
+            work.complete_unit(shift)
+        except StepFailedError:
+            step_failed = True
+    done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
+    # All of a failed call's range: MADV_DONTNEED goes on past a hole and
+    # still returns ENOMEM.
+    begun = to_blocks(work.touched(), shift)
+    return done, subtract(begun, done) if step_failed else []
 
 
 _VICTIMS = {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 from sparsemem.blocks import Claim, Map, Want
-from sparsemem.engine import StepFailedError
-from sparsemem.errors import ReserveError
+from sparsemem.engine import StepFailedError, Work
+from sparsemem.errors import DiscardError, ReserveError, Run
 from sparsemem.listeners import Announcement, Listener
 from sparsemem.operations.operation import Core, Operation
-from sparsemem.runs import EMPTY
+from sparsemem.operations.unplug import discard_error, settle
+from sparsemem.runs import EMPTY, subtract
 
 _log = logging.getLogger("sparsemem")
 
@@ -91,6 +93,10 @@ class Whole(Operation):
             self.core.listen(self._before)
         if self._announcement is not None:
             self._announcement.take_back()
+        self.let_go(error)
+
+    def let_go(self, error: BaseException | None) -> None:
+        """Ends the claim of what did not come to its end."""
         self.claim.finish()
 
 
@@ -125,7 +131,7 @@ class Leave(Whole):
 
 
 class Close(Whole):
-    """Closes the block map, once everybody was told that all plugged blocks go.
+    """Closes the block map, once what is pending is discarded and everybody was told that all plugged blocks go.
 
     Args:
         force: Close whatever lives, and whatever listeners say.
@@ -134,9 +140,31 @@ class Close(Whole):
     def __init__(self, core: Core, *, force: bool = False) -> None:
         super().__init__(core, "on_unplug", strict=not force)
         self._force = force
+        self._pending = EMPTY
+        self._late: Work | None = None
 
     def whom(self) -> tuple[Listener, ...]:
+        self._discard_pending()  # first: if that fails, nobody was told anything yet
         return self.core.listeners
+
+    def _discard_pending(self) -> None:
+        """Discards what those who were in flight have left: of what comes after the flush nobody else ever would.
+
+        That flush remains, as it holds nobody off: here there is mostly nothing.
+        """
+        core = self.core
+        self._pending = core.block_runs(list(core.blocks.runs(Map.PENDING, True)))
+        if not self._pending.n:
+            return
+        started = time.monotonic()
+        self._late = core.work("discard", self._pending)
+        try:
+            self._late.run()
+        except StepFailedError as failure:
+            if not self._force:
+                raise discard_error(failure.errno, failure.offset >> core.shift) from None
+            _log.debug("a late discard failed as the region closed", exc_info=True)
+        core.tally.flushed(self._late.calls, time.monotonic() - started)
 
     def tell(self, announcement: Announcement) -> None:
         try:
@@ -147,7 +175,18 @@ class Close(Whole):
             _log.debug("a listener failed as the region closed", exc_info=True)
 
     def commit(self) -> None:
-        self.claim.finish(close=True)
+        self._finish(*settle(self._late, self.core.shift), close=True)
+
+    def let_go(self, error: BaseException | None) -> None:
+        done, failed = settle(self._late, self.core.shift)
+        self._finish(done, failed)
+        if isinstance(error, DiscardError):
+            error.discarded, error.tainted = tuple(done), tuple(failed)
+            error.remaining = tuple(subtract(subtract(self._pending, done), failed))
+
+    def _finish(self, done: list[Run], failed: list[Run], *, close: bool = False) -> None:
+        block_runs = self.core.block_runs
+        self.claim.finish(unplugged=block_runs(done), tainted=block_runs(failed), close=close)
 
 
 def check_listens(core: Core, listener: Listener, registered: bool) -> None:
