@@ -253,7 +253,7 @@ class Claim:
     def bridge(self, victims: Runs, most: int) -> Runs:
         """Victims, runs within the claim, joined over unplugged gaps of at most `most` blocks.
 
-        The gaps are claimed, too; where somebody uses one, it stays a gap.
+        The gaps are claimed, too; where somebody uses one, or has plugged it within the claim, it stays a gap.
         """
         if most == 0 or victims.n < 2:
             return victims

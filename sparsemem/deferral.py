@@ -33,6 +33,14 @@ class Deferral:
         if self.since is None:
             self.since = time.monotonic()
 
+    def put_back(self, since: float | None) -> None:
+        """What has been pending since then is not all gone; None, another thread knows since when: from now on."""
+        noted = self.since  # once: other threads set it, too
+        if since is None:
+            self.note()
+        else:
+            self.since = since if noted is None else min(since, noted)
+
     @property
     def due(self) -> bool:
         """Whether what is pending has waited for long enough."""

@@ -45,13 +45,14 @@ from sparsemem.headroom import Gauge, Headroom, check_mode
 from sparsemem.headroom import read as _read_headroom
 from sparsemem.listeners import Listener
 from sparsemem.operations import (
+    Close,
     Core,
     Inner,
     Join,
     Leave,
     Plug,
     Unplug,
-    Whole,
+    check_listens,
     execute,
     flush,
     plug_at_once_error,
@@ -960,8 +961,7 @@ class Region:
             ListenerVetoError: It refused; it is not registered.
         """
         self._core.blocks.check_open()
-        if any(known is listener for known in self._core.listeners):
-            raise ValueError(f"{listener!r} is registered already")
+        check_listens(self._core, listener, False)
         for event in ("on_plug", "on_unplug"):
             if not callable(getattr(listener, event, None)):
                 raise TypeError(f"{listener!r} is no listener: it has no {event}()")
@@ -974,8 +974,7 @@ class Region:
             ValueError: It is not registered.
             ListenerVetoError: It refused; it stays registered.
         """
-        if not any(known is listener for known in self._core.listeners):
-            raise ValueError(f"{listener!r} is not registered")
+        check_listens(self._core, listener, True)
         execute(Leave(self._core, listener))
 
     # ---- the truth about memory --------------------------------------------------------------
@@ -1196,6 +1195,8 @@ class Region:
         Raises:
             ViewsAliveError: A view is alive; nothing was changed.
             ListenerVetoError: A listener refused; nothing was changed.
+            DiscardError: What `unplug_delay` had put off could not be discarded; it is tainted, and
+                the region still open.
         """
         self._close(force=False)
 
@@ -1209,7 +1210,7 @@ class Region:
             self._flush_last(force)
             # Closed already: another thread was faster, or the parent process owns it.
             with contextlib.suppress(RegionClosedError):
-                execute(Whole(self._core, self._core.listeners, "on_unplug", close=True, force=force))
+                execute(Close(self._core, force=force))
             self._closed = True
         if self._catcher is not None:
             self._catcher.close()

@@ -9,6 +9,7 @@ import pytest
 
 from sparsemem import BlockStateError, DiscardError, ListenerVetoError, Region, Simulated
 from sparsemem.backends import Fault
+from sparsemem.blocks import Claim, Want
 
 pytestmark = pytest.mark.promise("listeners-equal-bitmap")
 
@@ -183,6 +184,60 @@ def test_close_tells_that_all_goes_and_may_be_refused() -> None:
     listener.veto = lambda event, first: False
     region.close()
     assert listener.blocks == set()
+
+
+Overtake = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def overtake(monkeypatch: pytest.MonkeyPatch) -> Overtake:
+    """Has something happen while the next one who wants the whole region still waits for it."""
+
+    def overtake(happens: Callable[[], object]) -> None:
+        class Waiting(Claim):
+            def take(self, want: Want, strict: bool = True) -> None:
+                monkeypatch.undo()
+                happens()
+                super().take(want, strict)
+
+        monkeypatch.setattr("sparsemem.operations.whole.Claim", Waiting)
+
+    return overtake
+
+
+@pytest.mark.promise(
+    "listeners-equal-bitmap", found="a listener that came while a close waited was not told that all went"
+)
+def test_who_comes_or_goes_while_a_close_waits_is_told_so_or_not(overtake: Overtake) -> None:
+    for come in (True, False):
+        region = Region("1M", block_size="64K")
+        region.plug(0, 3)
+        first, second = Listener("first"), Listener("second")
+        region.add_listener(first)
+        if come:
+            overtake(lambda region=region, second=second: region.add_listener(second))
+        else:
+            region.add_listener(second)
+            overtake(lambda region=region, second=second: region.remove_listener(second))
+        region.close()
+        for listener in (first, second):
+            assert [event for _, event, _, _ in listener.journal] == ["plug", "unplug"]
+
+
+@pytest.mark.promise("listeners-equal-bitmap", found="of two threads that removed a listener both told it so")
+def test_of_two_who_add_or_remove_a_listener_at_once_the_second_is_refused(overtake: Overtake) -> None:
+    with Region("1M", block_size="64K") as region:
+        region.plug(0, 3)
+        listener = Listener("a")
+        overtake(lambda: region.add_listener(listener))
+        with pytest.raises(ValueError, match="registered already"):
+            region.add_listener(listener)
+        assert listener.journal == [("a", "plug", 0, 3)]
+        overtake(lambda: region.remove_listener(listener))
+        with pytest.raises(ValueError, match="not registered"):
+            region.remove_listener(listener)
+        assert listener.journal == [("a", "plug", 0, 3), ("a", "unplug", 0, 3)]
+        assert region.plug(5) == 1
 
 
 def test_a_callback_on_the_blocks_being_changed_gets_an_error_and_not_a_deadlock() -> None:

@@ -20,6 +20,7 @@ from sparsemem import (
     BlockStateError,
     DiscardError,
     File,
+    ListenerVetoError,
     Memfd,
     OperationCancelledError,
     Region,
@@ -29,6 +30,7 @@ from sparsemem import (
     UnsupportedError,
 )
 from sparsemem.backends import Backend
+from sparsemem.blocks import Claim, Want
 from sparsemem.recipes import Step
 from tests.support import accounting
 from tests.support.injector import Injector
@@ -106,6 +108,37 @@ def test_a_replug_cancels_the_discard(make: Callable[[Path], Backend], reuse: st
         assert region.audit().resident_size == 4 * BLOCK
 
 
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("how", ["flush", "due"])
+def test_a_replug_just_before_the_discard_keeps_its_block(
+    make: Callable[[Path], Backend], how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pending is looked at first and claimed afterwards: another thread may come in between."""
+    delay = LONG if how == "flush" else 0.0
+    with Region("16M", block_size=BLOCK, backend=make(tmp_path), unplug_delay=delay) as region:
+        region.plug(0, 8)
+        region.unplug(0, 8)
+
+        class Late(Claim):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                monkeypatch.undo()
+                region.plug_runs([(3, 1), (5, 1)])
+                write(region, 3, 3)
+                write(region, 5, 5)
+
+        monkeypatch.setattr("sparsemem.operations.unplug.Claim", Late)
+        if how == "flush":
+            assert region.flush() == 6 * BLOCK
+        else:
+            region.plug(100)
+        assert pending(region) == 0
+        for block in (3, 5):
+            with region.view(block) as view:
+                assert view == bytes([block]) * BLOCK
+        assert region.audit().ok
+
+
 def test_a_fit_may_be_of_such_blocks() -> None:
     with Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
         region.plug(0, 16)
@@ -146,6 +179,34 @@ def test_a_delay_of_nothing_is_the_next_operation() -> None:
         region.unplug(1)
         assert pending(region) == 1
         assert region.audit().ok
+
+
+@pytest.mark.parametrize("how", ["due", "flush"])
+def test_what_was_in_other_hands_as_the_rest_was_discarded_is_still_due(how: str) -> None:
+    with Region("4M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.plug(0, 5)
+        region.unplug_runs([(0, 2), (4, 1)])
+        deferral = region._core.deferral
+        assert deferral is not None
+
+        class Refusing(Told):
+            def on_unplug(self, first: int, count: int) -> None:
+                deferral.delay = 0.0
+                if how == "due":
+                    region.plug(20)
+                else:
+                    assert (region.flush(), region.flush()) == (BLOCK, 0)  # the second one knows not since when
+                assert pending(region) == 2, "blocks 0 and 1 are claimed by this unplug"
+                raise LookupError
+
+        refusing = Refusing()
+        region.add_listener(refusing)
+        with pytest.raises(ListenerVetoError):
+            region.unplug(0, 4, missing_ok=True)
+        assert pending(region) == 2
+        region.plug(30)
+        assert pending(region) == 0
+        refusing.on_unplug = super(Refusing, refusing).on_unplug  # type: ignore[method-assign]
 
 
 def test_memory_that_runs_out_is_found_there(tmpfs_mount: Any) -> None:
@@ -218,6 +279,86 @@ def test_what_outlives_the_region_is_given_back_as_it_closes(tmp_path: Path) -> 
     assert data[: 3 * BLOCK] == bytes(3 * BLOCK)
     assert data[3 * BLOCK] == 8
     assert accounting.allocated_bytes(path) <= 2 * BLOCK
+
+
+Beside = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def beside_close(monkeypatch: pytest.MonkeyPatch) -> Beside:
+    """Has something come to its end after the close has flushed, while it waits for those in flight."""
+
+    def beside_close(happens: Callable[[], object]) -> None:
+        class Waiting(Claim):
+            def take(self, want: Want, strict: bool = True) -> None:
+                monkeypatch.undo()
+                happens()
+                super().take(want, strict)
+
+        monkeypatch.setattr("sparsemem.operations.whole.Claim", Waiting)
+
+    return beside_close
+
+
+def test_what_an_unplug_in_flight_leaves_behind_is_given_back_too(tmp_path: Path, beside_close: Beside) -> None:
+    path = tmp_path / "file"
+    with Region("1M", block_size=BLOCK, backend=File(path), unplug_delay=LONG) as region:
+        region.plug(0, 4)
+        for block in range(4):
+            write(region, block, 7)
+        beside_close(lambda: region.unplug_runs([(0, 1), (2, 1)]))
+    assert path.read_bytes()[: 4 * BLOCK] == (bytes(BLOCK) + b"\x07" * BLOCK) * 2
+    assert accounting.allocated_bytes(path) <= 3 * BLOCK
+    with Region("1M", block_size=BLOCK, backend=File(path, existing="adopt")) as region:
+        assert list(region.plugged_runs()) == [(1, 1), (3, 1)]
+
+
+def test_a_failure_of_that_is_told_by_close(inject: Injector, beside_close: Beside) -> None:
+    told = Told()
+    with Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.add_listener(told)
+        region.plug(0, 8)
+        beside_close(lambda: region.unplug_runs([(0, 1), (2, 1), (4, 1)]))
+        inject.step(Step.DONTNEED, errno=errno.EIO, nth=2)
+        with pytest.raises(DiscardError) as caught:
+            region.close()
+        error = caught.value
+        assert (error.discarded, error.tainted, error.remaining) == (((0, 1),), ((2, 1),), ((4, 1),))
+        assert not region.closed
+        assert list(region.tainted_runs()) == [(2, 1)]
+        assert (pending(region), told.blocks) == (1, {1, 3, 5, 6, 7})
+        assert (region.flush(), region.scrub()) == (BLOCK, 1)
+        assert region.audit().ok
+    assert (region.closed, told.blocks) == (True, set())
+
+
+def test_a_close_by_an_error_goes_on_past_such_a_failure(inject: Injector, beside_close: Beside) -> None:
+    told = Told()
+    with pytest.raises(KeyError), Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.add_listener(told)
+        region.plug(0, 4)
+        beside_close(lambda: region.unplug(0))
+        inject.step(Step.DONTNEED, errno=errno.EIO)
+        raise KeyError
+    assert (region.closed, told.blocks) == (True, set())
+
+
+def test_a_close_that_is_refused_has_discarded_it_all_the_same(beside_close: Beside) -> None:
+    class Refusing(Told):
+        def on_unplug(self, first: int, count: int) -> None:
+            if first == 2 and count == 2:
+                raise LookupError
+            super().on_unplug(first, count)
+
+    with Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.add_listener(Refusing())
+        region.plug_runs([(0, 4)])
+        beside_close(lambda: region.unplug(0, 2))
+        with pytest.raises(ListenerVetoError):
+            region.close()
+        assert (pending(region), region.plugged_blocks, region.audit().ok) == (0, 2, True)
+        region.plug(4)
+        assert region.plugged_blocks == 3
 
 
 def test_a_failed_replug_leaves_such_a_block_discarded_and_unplugged(inject: Injector) -> None:

@@ -13,9 +13,10 @@ from sparsemem.operations.operation import Core, Operation, execute, require_dis
 from sparsemem.operations.plug import Plug, plug_at_once_error, refill
 from sparsemem.operations.resize import resize
 from sparsemem.operations.unplug import Unplug, flush, flush_due, relieve, unplug_at_once_error
-from sparsemem.operations.whole import Join, Leave, Whole, protect
+from sparsemem.operations.whole import Close, Join, Leave, check_listens, protect
 
 __all__ = [
+    "Close",
     "Core",
     "Inner",
     "Join",
@@ -23,7 +24,7 @@ __all__ = [
     "Operation",
     "Plug",
     "Unplug",
-    "Whole",
+    "check_listens",
     "execute",
     "flush",
     "flush_due",

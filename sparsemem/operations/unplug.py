@@ -102,7 +102,7 @@ class Unplug(Operation):
         if not claim.open:
             return
         if self._settled is None:  # once: what is announced below must stay true
-            self._settled = self._settle()
+            self._settled = settle(self._work, core.shift)
         victims = list(self._victims)
         done, failed = (clip(runs, victims) for runs in self._settled)
         remaining = subtract(victims, done)
@@ -115,22 +115,22 @@ class Unplug(Operation):
             error.discarded, error.tainted = tuple(done), tuple(failed)
             error.remaining = tuple(subtract(remaining, failed))
 
-    def _settle(self) -> tuple[list[Run], list[Run]]:
-        """Brings the work to a block boundary: blocks that are gone, and those of unknown content."""
-        work, shift = self._work, self.core.shift
-        if work is None:
-            return [], []
-        step_failed = work.step_failed
-        if not step_failed:
-            try:
-                work.complete_unit(shift)
-            except StepFailedError:
-                step_failed = True
-        done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
-        # All of a failed call's range: MADV_DONTNEED goes on past a hole and
-        # still returns ENOMEM.
-        begun = to_blocks(work.touched(), shift)
-        return done, subtract(begun, done) if step_failed else []
+
+def settle(work: Work | None, shift: int) -> tuple[list[Run], list[Run]]:
+    """Brings a discard to a block boundary: blocks that are gone, and those of unknown content."""
+    if work is None:
+        return [], []
+    step_failed = work.step_failed
+    if not step_failed:
+        try:
+            work.complete_unit(shift)
+        except StepFailedError:
+            step_failed = True
+    done = [(first >> shift, count >> shift) for first, count in join(work.done()) if count >> shift]
+    # All of a failed call's range: MADV_DONTNEED goes on past a hole and
+    # still returns ENOMEM.
+    begun = to_blocks(work.touched(), shift)
+    return done, subtract(begun, done) if step_failed else []
 
 
 _VICTIMS = {
@@ -151,13 +151,17 @@ def flush(core: Core, control: Control = UNWATCHED) -> int:
         return 0
     since, deferral.since = deferral.since, None
     try:
-        pending = subtract(list(core.blocks.runs(Map.PENDING, True)), list(core.blocks.runs(Map.BUSY, True)))
-        if not pending:
-            return 0
-        claim = Claim(core.blocks, core.block_runs(pending))
-        return execute(Unplug(core, claim, want=Want.PENDING_ONLY, strict=False, control=control)) << core.shift
+        found = list(core.blocks.runs(Map.PENDING, True))
+        pending = subtract(found, list(core.blocks.runs(Map.BUSY, True)))
+        done = 0
+        if pending:
+            claim = Claim(core.blocks, core.block_runs(pending))
+            done = execute(Unplug(core, claim, want=Want.PENDING_ONLY, strict=False, control=control))
+        if pending != found:
+            deferral.put_back(since)  # whoever has them in hand may well leave them as they are
+        return done << core.shift
     except BaseException:
-        deferral.since = since  # the rest of it is due all the same
+        deferral.put_back(since)  # the rest of it is due all the same
         raise
 
 

@@ -645,8 +645,11 @@ static int is_idle(const sm_blocks *b, uint64_t from, uint64_t to)
 /*
  * Joins victims, runs within the claim, over gaps of at most so many blocks: one
  * discard across what is unplugged anyway is cheaper than two.  Gaps between the
- * claim's own runs are claimed for that, where nobody uses them.  Works in place and
- * returns how many runs are left.
+ * claim's own runs are claimed for that, where nobody uses them.  A gap within a run
+ * is ours already, but may be plugged: a claim on what is pending covers blocks that
+ * were plugged again before it was taken.  It cannot be busy for anybody else, and
+ * what is tainted but not plugged holds nothing to lose.  Works in place and returns
+ * how many runs are left.
  */
 size_t sm_claim_bridge(sm_claim *claim, uint64_t most, sm_run *victims, size_t n)
 {
@@ -665,18 +668,19 @@ size_t sm_claim_bridge(sm_claim *claim, uint64_t most, sm_run *victims, size_t n
             claim->runs[++kept] = claim->runs[i];
     }
     claim->nruns = kept + 1;
-    unlock(b);
     for (size_t i = 1, within = 0; i < n; i++) {
         uint64_t end = victims[joined].first + victims[joined].count;
 
         while (claim->runs[within].first + claim->runs[within].count < end)
             within++;
         if (victims[i].first - end <= most &&
-            victims[i].first < claim->runs[within].first + claim->runs[within].count)
+            victims[i].first < claim->runs[within].first + claim->runs[within].count &&
+            sm_bits_next(b->plugged, end, victims[i].first, 1) == victims[i].first)
             victims[joined].count += victims[i].first - end + victims[i].count;
         else
             victims[++joined] = victims[i];
     }
+    unlock(b);
     return joined + 1;
 }
 
