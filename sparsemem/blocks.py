@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
@@ -32,6 +32,8 @@ from sparsemem.runs import EMPTY, Runs, normalise
 # to look at signals.
 _WAIT_MS = 50
 
+# The same where somebody may stop the waiting, which is promised within 50 ms.
+_WATCHED_MS = 40
 
 # Runs that may come into being between counting and fetching them.
 _SPARE_RUNS = 64
@@ -208,13 +210,14 @@ class Claim:
         """The claimed runs; valid while the claim lives."""
         return Runs(self._c.runs, self._c.nruns)
 
-    def take(self, want: Want, strict: bool = True) -> None:
+    def take(self, want: Want, strict: bool = True, look: Callable[[], object] | None = None) -> None:
         """Claims all runs or nothing, waiting for those that others hold.
 
         Args:
             want: What is going to happen.
             strict: Refuse blocks that are in the target state already; for
                 WHOLE, refuse while views live.
+            look: Called now and then while others are waited for; what it raises ends that.
 
         Raises:
             BlockStateError: A block's state does not allow it.
@@ -222,9 +225,13 @@ class Claim:
             RegionClosedError: The region is closed, or was forked.
         """
         where = ffi.new("uint64_t *")
-        code = lib.SM_BUSY
-        while code == lib.SM_BUSY:
-            code = lib.sm_claim_take(self._blocks.c, self._c, want, strict, threading.get_ident(), _WAIT_MS, where)
+        wait = _WAIT_MS if look is None else _WATCHED_MS
+        while True:
+            code = lib.sm_claim_take(self._blocks.c, self._c, want, strict, threading.get_ident(), wait, where)
+            if code != lib.SM_BUSY:
+                break
+            if look is not None:
+                look()
         if code != lib.SM_OK:
             _refuse(code, where[0], _VERBS[want], plugged=want is Want.TO_PLUGGED)
 

@@ -18,9 +18,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from sparsemem import workers
 from sparsemem._sys import ffi, lib
@@ -74,11 +75,15 @@ class Control:
             at the end, in the calling thread.  What it raises stops the work.
         cancel: Stops the work when it is set.
         deadline: `time.monotonic()` at which it stops.
+        before: Bytes that were done before the work: where several works are one operation.
+        total: Bytes of all of them; None where there is but the one.
     """
 
     progress: Callable[[int, int], object] | None = None
     cancel: threading.Event | None = None
     deadline: float | None = field(default=None)
+    before: int = 0
+    total: int | None = None
 
     def check(self, done: int, total: int) -> None:
         """Tells the progress, and stops what is to be stopped.
@@ -90,12 +95,29 @@ class Control:
         """
         if self.progress is not None:
             process = os.getpid()
-            self.progress(done, total)
+            self.progress(self.before + done, total if self.total is None else self.total)
             require_process(process)
+        self.stop(done, total)
+
+    def stop(self, done: int, total: int) -> None:
+        """Stops what is to be stopped; as `check`, but tells nobody.  For what is not the work itself."""
+        done, total = self.before + done, total if self.total is None else self.total
         if self.cancel is not None and self.cancel.is_set():
             raise OperationCancelledError(f"cancelled after {done} of {total} bytes")
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineError(f"the deadline came after {done} of {total} bytes")
+
+    def within(self, before: int, total: int) -> Control:
+        """For one of several works that are told as one."""
+        return self if self is UNWATCHED else evolve(self, before=before, total=total)
+
+    def untold(self) -> Control:
+        """For what is done in passing: it can be stopped, but is no progress."""
+        return self if self.progress is None else evolve(self, progress=None)
+
+    def before_all(self, total: int) -> Callable[[], None] | None:
+        """What to call while nothing is done of `total` bytes, and others are waited for; None if nobody looks on."""
+        return None if self is UNWATCHED else partial(self.stop, 0, total)
 
 
 UNWATCHED = Control()
@@ -133,7 +155,8 @@ class Work:
         self._operation = operation
         self._process = os.getpid()
         self._runs = runs  # the jobs point at them
-        self._total = runs.total << shift
+        self.total = runs.total << shift
+        """Bytes to be done."""
         self._completed: list[Run] = []
         self._futures: list[Future[None]] = []
         self.failed: list[Run] = []
@@ -157,7 +180,7 @@ class Work:
         """
         try:
             if control is not UNWATCHED:
-                control.check(self.bytes, self._total)
+                control.check(self.bytes, self.total)
             slice_ns = SIGNALS_NS if control is UNWATCHED else SLICE_NS
             self._lend()
             # The first part is ours, and so are those that no thread would take.
@@ -173,7 +196,7 @@ class Work:
             if part.failed:
                 raise StepFailedError(part.failed, part.failed_at)
         if control is not UNWATCHED:
-            control.check(self.bytes, self._total)
+            control.check(self.bytes, self.total)
 
     def retry(self) -> None:
         """Lets `run` go on where a step failed, once there is a reason to hope for better."""
@@ -207,7 +230,7 @@ class Work:
 
     def _look_up(self, control: Control) -> None:
         if control is not UNWATCHED:
-            control.check(self.bytes, self._total)
+            control.check(self.bytes, self.total)
 
     def _stop(self) -> None:
         """Nobody works on it any more when this returns, so that what was begun is known."""

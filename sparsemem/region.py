@@ -821,6 +821,7 @@ class Region:
         """
         require_discard(self._mapping)
         self._core.blocks.check_open()
+        first = index_of(first, "first block")
         within = single(first, self.nblocks - first if count is None else count, self.nblocks)
         mended = 0
         for first, count in clip(self.tainted_runs(), within):

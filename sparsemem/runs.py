@@ -164,6 +164,10 @@ def _flat_from_buffer(runs: RunsInput) -> Any:
 
 
 def _flat_from_pairs(runs: Any, unit: str) -> array[int]:
+    try:
+        iter(runs)
+    except TypeError:
+        raise TypeError(f"runs must be pairs (first, count) of integers, not {runs!r}") from None
     pairs = runs if isinstance(runs, (list, tuple)) else list(runs)
     try:
         # As sets, in C: a loop that checks each pair in Python takes 3 times as long.  And the

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sparsemem._sys import ffi, lib
 from sparsemem.backends.base import Mapping
-from sparsemem.engine import UNWATCHED, Control, Work
+from sparsemem.engine import Work
 from sparsemem.errors import BlockStateError
 from sparsemem.runs import single
 
@@ -43,23 +44,25 @@ class Warm:
         """Bytes held ready."""
         return int(self.c.ready)
 
-    def fill(self, control: Control = UNWATCHED) -> int:
+    def fill(self, populate: Callable[[Work], object] = Work.run, look: Callable[[], object] | None = None) -> int:
         """Populates what is missing; the bytes.
 
+        Args:
+            populate: What does the work.
+            look: Called now and then while another thread has the pool; what it raises ends that.
+
         Raises:
-            StepFailedError: There was not so much; the pool is as before.
             BlockStateError: This thread is filling it already, in whose progress we are.
-            What `Control.check` raises; the pool is as before.
+            What `populate` and `look` raise; the pool is as before.
         """
         if self._mine():
             raise BlockStateError("cannot refill: this thread is already at it (a call from within its progress=?)")
-        hold = self._hold()
+        hold = self._hold(look)
         try:
             ready, missing = self.ready, self.size - self.ready
             if missing:
-                work = Work(self._pool, "populate", single(ready, missing, self.size, "byte"), 0)
                 try:
-                    work.run(control)
+                    populate(Work(self._pool, "populate", single(ready, missing, self.size, "byte"), 0))
                 except BaseException:
                     self._discard(ready)
                     raise
@@ -69,14 +72,17 @@ class Warm:
             lib.sm_hold_release(hold)
 
     def give_back(self) -> int:
-        """Discards all that is ready; the bytes.  None of it if this thread is filling it.
+        """Discards all that is ready; the bytes.  None of it while it is in somebody's hands.
+
+        Those are not waited for: who fills it may wait for blocks that we have, by its
+        progress or for a discard that was put off.
 
         Raises:
             StepFailedError: A discard failed.
         """
-        if self._mine():
+        hold = ffi.gc(ffi.new("sm_hold *"), lib.sm_hold_release)
+        if not self._take(hold):
             return 0
-        hold = self._hold()
         try:
             ready, self.c.ready = self.ready, 0
             if ready:
@@ -104,9 +110,14 @@ class Warm:
     def _mine(self) -> bool:
         return bool(self.c.owner == threading.get_ident())
 
-    def _hold(self) -> Any:
+    def _take(self, hold: Any) -> bool:
+        return bool(lib.sm_hold_take(hold, self.c, threading.get_ident()))
+
+    def _hold(self, look: Callable[[], object] | None = None) -> Any:
         """Keeps all others out, until released or dropped; plugs that come meanwhile go without the pool."""
         hold = ffi.gc(ffi.new("sm_hold *"), lib.sm_hold_release)
-        while not lib.sm_hold_take(hold, self.c, threading.get_ident()):
+        while not self._take(hold):
+            if look is not None:
+                look()
             time.sleep(0.001)
         return hold

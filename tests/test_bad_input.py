@@ -152,6 +152,8 @@ def test_blocks_that_there_are_not(operation: str, first: Any, count: Any, error
         (np.zeros((4, 4), dtype=np.uint64)[:, :2], TypeError, "C-contiguous"),
         (np.array([[0, 2], [1, 1]], dtype=np.uint64), BlockRangeError, "overlaps"),
         (array("Q", [0, 1]), TypeError, "shape"),
+        (5, TypeError, r"runs must be pairs \(first, count\) of integers, not 5"),
+        (None, TypeError, "not None"),
     ],
 )
 @pytest.mark.parametrize("operation", ["plug_runs", "unplug_runs"])
@@ -161,6 +163,12 @@ def test_runs_that_are_none(operation: str, runs: Any, error: type[Exception], n
         with pytest.raises(error, match=names):
             getattr(region, operation)(runs)
         assert list(region.plugged_runs()) == [(15, 1)]
+
+
+@pytest.mark.parametrize("first", ["a", None, 1.5, True])
+def test_a_scrub_from_a_block_that_is_none(first: Any) -> None:
+    with Region("1M", block_size="64K") as region, pytest.raises(TypeError, match="first block must be an integer"):
+        region.scrub(first)
 
 
 @pytest.mark.promise("unplug-says-what-happened")

@@ -29,6 +29,7 @@ from sparsemem import (
     PopulateError,
     Region,
     Simulated,
+    engine,
     workers,
 )
 from sparsemem._sys import calls, ffi, lib, probe
@@ -424,7 +425,7 @@ def test_a_cancel_that_comes_first_changes_nothing_at_all() -> None:
 
 
 @pytest.mark.promise("stops-when-told")
-def test_an_unplug_that_is_cancelled_stops_and_says_where() -> None:
+def test_an_unplug_that_is_cancelled_stops_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     event = threading.Event()
 
     def slow(operation: str, length: int) -> float:
@@ -437,23 +438,60 @@ def test_an_unplug_that_is_cancelled_stops_and_says_where() -> None:
     count: list[int] = []
     with Region("1G", block_size="32M", backend=Simulated(latency=slow)) as region:
         region.plug(0, 8)
-        work = region._core.mapping
-        real = type(work).advance
-
-        def one_chunk(job: Any, operation: str, budget: int) -> int:
-            """Simulated works a job through at once: cut it into slices as the kernel's engine does."""
-            n, job.nruns = job.nruns, min(job.nruns, job.at.run + 1)
-            code = real(work, job, operation, budget)
-            job.nruns = n
-            return lib.SM_MORE if code == lib.SM_OK and job.at.run < n else code
-
-        work.advance = one_chunk  # type: ignore[method-assign]
+        monkeypatch.setattr(engine, "SLICE_NS", 0)
         with pytest.raises(OperationCancelledError) as caught:
             region.unplug_runs([(0, 1), (2, 1), (4, 1), (6, 1)], cancel=event)
         assert caught.value.discarded == ((0, 1), (2, 1))
         assert caught.value.remaining == ((4, 1), (6, 1))
         assert caught.value.tainted == ()
         assert plugged(region) == {1, 3, 4, 5, 6, 7}
+
+
+@pytest.mark.promise("stops-when-told", found="a mapping of Python's worked to its end, whoever looked on")
+@pytest.mark.parametrize("how", ["cancel", "deadline", "progress raises"])
+@pytest.mark.parametrize("operation", ["populate", "discard"])
+def test_a_mapping_without_an_engine_of_its_own_stops_at_the_next_chunk(
+    operation: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event, now, chunks = threading.Event(), [time.monotonic()], []
+
+    def latency(which: str, length: int) -> float:
+        if which == operation:
+            chunks.append(length)
+            if len(chunks) == 3:
+                event.set()
+                now[0] += 100
+        return 0.0
+
+    def progress(done: int, total: int) -> None:
+        if event.is_set():
+            raise LookupError
+
+    stops: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+        "cancel": (OperationCancelledError, {"cancel": event}),
+        "deadline": (DeadlineError, {"deadline": 50}),
+        "progress raises": (LookupError, {"progress": progress}),
+    }
+    error, options = stops[how]
+    with Region("1G", block_size="16M", backend=Simulated(latency=latency)) as region:
+        region.plug(0, 8)
+        chunks.clear()
+        event.clear()
+        monkeypatch.setattr(engine, "SLICE_NS", 0)
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        with pytest.raises(error):
+            region.plug(16, 8, **options) if operation == "populate" else region.unplug(0, 8, **options)
+        assert len(chunks) == 3
+        assert plugged(region) == (set(range(8)) if operation == "populate" else {3, 4, 5, 6, 7})
+        assert region.audit().ok
+
+
+def test_a_mapping_without_an_engine_of_its_own_tells_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(engine, "SLICE_NS", 0)
+    with Region("1G", block_size="2M", backend=Simulated()) as region:
+        region.plug(0, 4, progress=lambda *at: seen.append(at))
+        assert seen == [(done * MIB, 8 * MIB) for done in (0, 2, 4, 6, 8)]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from sparsemem.backends.simulated import SimulatedMapping
 pytestmark = pytest.mark.promise("interrupt-safe")
 
 MODULES = ("region", "advice", "listeners", "blocks", "engine")
-OPERATIONS = ("operation", "plug", "unplug", "resize", "inner", "whole")
+OPERATIONS = ("operation", "plug", "unplug", "relief", "resize", "inner", "whole")
 FILES = {
     *(sys.modules[f"sparsemem.{name}"].__file__ for name in MODULES),
     *(sys.modules[f"sparsemem.operations.{name}"].__file__ for name in OPERATIONS),

@@ -8,13 +8,25 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from sparsemem import Anonymous, BlockRangeError, BlockStateError, ListenerVetoError, Memfd, Region, Simulated
+from sparsemem import (
+    Anonymous,
+    BlockRangeError,
+    BlockStateError,
+    DeadlineError,
+    ListenerVetoError,
+    Memfd,
+    OperationCancelledError,
+    Region,
+    Simulated,
+)
 from sparsemem.backends import Backend
+from sparsemem.blocks import Map
 from tests.support.children import run_child
 
 BLOCK = 64 << 10
@@ -230,3 +242,68 @@ def test_listeners_of_two_threads_that_want_each_others_blocks_get_an_error_and_
     refused, as_state = run_child(child, timeout=10).result()
     assert refused >= 1
     assert as_state
+
+
+# ---- told to stop while others are waited for ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held(region: Region, gate: Gate) -> Iterator[None]:
+    """Another thread plugs block 0, and has it as long as this lasts."""
+    gate.open.clear()
+    thread = start(lambda: region.plug(0))
+    assert gate.inside.acquire(timeout=10)
+    try:
+        yield
+    finally:
+        gate.open.set()
+        thread.join()
+
+
+WAITING: dict[str, Callable[..., object]] = {
+    "plug": lambda region, **stop: region.plug(0, 2, exist_ok=True, **stop),
+    "plug_runs": lambda region, **stop: region.plug_runs([(0, 1), (4, 1)], **stop),
+    "plug without memory": lambda region, **stop: region.plug(0, populate=False, **stop),
+    "unplug": lambda region, **stop: region.unplug(0, 2, missing_ok=True, **stop),
+    "unplug_runs": lambda region, **stop: region.unplug_runs([(0, 2), (4, 1)], missing_ok=True, **stop),
+}
+
+
+@pytest.mark.promise("stops-when-told", found="nobody looked at cancel and deadline while others had the blocks")
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+@pytest.mark.parametrize("operation", WAITING)
+def test_who_waits_for_blocks_can_be_stopped_and_has_changed_nothing(operation: str, how: str) -> None:
+    gate, cancel = Gate(), threading.Event()
+    cancel.set()
+    stop: dict[str, Any] = {"cancel": cancel} if how == "cancel" else {"deadline": 0}
+    with Region("1M", block_size=BLOCK, backend=Simulated(latency=gate)) as region:
+        gate.open.set()
+        region.plug(1)
+        gate.inside.acquire()
+        with held(region, gate):
+            with pytest.raises((OperationCancelledError, DeadlineError)) as caught:
+                WAITING[operation](region, **stop)
+            assert list(region.plugged_runs()) == [(1, 1)], "the other has not finished"
+            assert region.stats().busy_size == BLOCK
+        assert isinstance(caught.value, OperationCancelledError) is (how == "cancel")
+        assert (caught.value.discarded, caught.value.tainted) == ((), ())
+        assert caught.value.remaining == (((1, 1),) if operation.startswith("unplug") else ())
+        assert list(region.plugged_runs()) == [(0, 2)]
+
+
+def test_a_flush_that_waits_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, cancel = Gate(), threading.Event()
+    cancel.set()
+    with Region("1M", block_size=BLOCK, backend=Simulated(latency=gate), unplug_delay=1000) as region:
+        gate.open.set()
+        region.plug(0)
+        gate.inside.acquire()
+        region.unplug(0)
+        blocks = region._core.blocks
+        runs = blocks.runs
+        # As if the other had come just after the look at what is busy.
+        monkeypatch.setattr(blocks, "runs", lambda which, *a: iter(()) if which is Map.BUSY else runs(which, *a))
+        with held(region, gate), pytest.raises(OperationCancelledError) as caught:
+            region.flush(cancel=cancel)
+        assert caught.value.remaining == ((0, 1),)
+        assert list(region.plugged_runs()) == [(0, 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from sparsemem import (
     Anonymous,
     BackendExhaustedError,
     BlockStateError,
+    DeadlineError,
     DiscardError,
     File,
     ListenerVetoError,
@@ -28,6 +30,7 @@ from sparsemem import (
     Secret,
     Simulated,
     UnsupportedError,
+    engine,
 )
 from sparsemem.backends import Backend
 from sparsemem.blocks import Claim, Want
@@ -380,8 +383,6 @@ def test_a_failed_replug_leaves_such_a_block_discarded_and_unplugged(inject: Inj
 
 
 def test_it_can_be_watched_and_stopped() -> None:
-    import threading
-
     told: list[tuple[int, int]] = []
     cancel = threading.Event()
     cancel.set()
@@ -395,6 +396,135 @@ def test_it_can_be_watched_and_stopped() -> None:
         assert told[-1] == (16 << 20, 16 << 20)
     with pytest.raises(RegionClosedError):
         region.flush()
+
+
+@pytest.mark.promise("stops-when-told", found="an unplug that is put off told no progress and could not be cancelled")
+def test_an_unplug_that_is_put_off_can_be_watched_and_stopped() -> None:
+    told = Told()
+    seen: list[tuple[int, int]] = []
+    cancel = threading.Event()
+    size = 4 * BLOCK
+
+    def stop_at(at: int) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            if done == at:
+                cancel.set()
+
+        return progress
+
+    with Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
+        region.add_listener(told)
+        region.plug(0, 4)
+        for at in (0, size):  # even when all of it was told, nothing is unplugged yet
+            cancel.clear()
+            with pytest.raises(OperationCancelledError) as caught:
+                region.unplug(0, 4, cancel=cancel, progress=stop_at(at))
+            assert (caught.value.discarded, caught.value.remaining, caught.value.tainted) == ((), ((0, 4),), ())
+            assert (pending(region), region.plugged_blocks, told.blocks) == (0, 4, {0, 1, 2, 3})
+        with pytest.raises(DeadlineError):
+            region.unplug_runs([(0, 1)], deadline=0)
+        assert region.unplug(0, 4, progress=lambda *at: seen.append(at)) == 4
+        assert seen == [(0, size), (size, size)]
+        assert pending(region) == 4
+
+
+@pytest.mark.promise("stops-when-told", found="with pending blocks a plug told its progress twice, each of a part")
+@pytest.mark.parametrize("reuse", ["zero", "keep"])
+def test_the_progress_of_a_plug_is_of_all_of_it_pending_or_not(reuse: str) -> None:
+    seen: list[tuple[int, int]] = []
+    with Region("1M", block_size=BLOCK, unplug_delay=LONG, reuse=reuse) as region:
+        region.plug(0, 4)
+        region.unplug(0, 4)
+        region.plug(0, 8, progress=lambda *at: seen.append(at))
+        assert seen == sorted(seen)
+        assert {total for _, total in seen} == {8 * BLOCK}
+        assert (seen[0][0], seen[-1][0]) == (0, 8 * BLOCK)
+        region.unplug(0, 4)
+        with pytest.raises(OperationCancelledError, match=f"cancelled after {4 * BLOCK} of {8 * BLOCK} bytes"):
+            _cancelled_after(region, 4 * BLOCK)
+
+
+def _cancelled_after(region: Region, size: int) -> None:
+    cancel = threading.Event()
+    region.plug_runs([(0, 4), (8, 4)], cancel=cancel, progress=lambda done, _: cancel.set() if done >= size else None)
+
+
+@pytest.mark.promise("stops-when-told", found="nobody looked at cancel while an operation discarded what was due")
+@pytest.mark.parametrize("operation", ["plug", "unplug"])
+def test_an_operation_can_be_stopped_while_it_discards_what_is_due(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel, discards = threading.Event(), []
+
+    def latency(which: str, length: int) -> float:
+        if which == "discard":
+            discards.append(length)
+            cancel.set()
+        return 0.0
+
+    monkeypatch.setattr(engine, "SLICE_NS", 0)
+    with Region("1G", block_size="16M", backend=Simulated(latency=latency), unplug_delay=0) as region:
+        region.plug(0, 16)
+        region.unplug(0, 8)
+        with pytest.raises(OperationCancelledError) as caught:
+            region.plug(20, cancel=cancel) if operation == "plug" else region.unplug(8, 2, cancel=cancel)
+        assert len(discards) == 1
+        assert (caught.value.discarded, caught.value.tainted) == ((), ())
+        assert caught.value.remaining == (((8, 2),) if operation == "unplug" else ())
+        assert list(region.plugged_runs()) == [(8, 8)]
+        assert pending(region) == 7
+        assert region.audit().ok
+        region.plug(20)
+        assert pending(region) == 0, "the rest is due all the same"
+
+
+@pytest.mark.parametrize("headroom", ["check", "off"])
+def test_an_operation_can_be_stopped_while_it_gives_back_what_is_pending(
+    headroom: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel = threading.Event()
+
+    def latency(which: str, length: int) -> float:
+        if which == "discard":
+            cancel.set()
+        return 0.0
+
+    monkeypatch.setattr(engine, "SLICE_NS", 0)
+    backend = Simulated(latency=latency, capacity="128M")
+    with Region("1G", block_size="16M", backend=backend, unplug_delay=LONG, headroom=headroom) as region:
+        region.plug(0, 8)
+        region.unplug(0, 8)
+        with pytest.raises(OperationCancelledError):
+            region.plug(20, cancel=cancel)
+        assert region.plugged_blocks == 0
+        assert pending(region) == 7
+        assert region.audit().ok
+
+
+@pytest.mark.parametrize("headroom", ["check", "off"])
+def test_populating_within_a_block_finds_memory_there_too(headroom: str) -> None:
+    backend = Simulated(capacity="4M")
+    with Region("64M", block_size="1M", backend=backend, unplug_delay=LONG, headroom=headroom) as region:
+        region.plug(0, 4)
+        region.discard(0, 1 << 20)
+        region.plug(10)
+        region.unplug(2, 2)
+        region.populate(0, 1 << 20)
+        assert pending(region) == 0
+        assert region.audit().ok
+        assert region.audit().resident_size == 3 << 20
+        region.discard(0, 1 << 20)
+        region.plug(20, 2)
+        with pytest.raises(BackendExhaustedError):
+            region.populate(0, 1 << 20)
+
+
+def test_populating_within_a_block_discards_what_is_due() -> None:
+    with Region("1M", block_size=BLOCK, unplug_delay=0) as region:
+        region.plug(0, 4)
+        region.unplug(2, 2)
+        region.populate(0, BLOCK)
+        assert pending(region) == 0
 
 
 def test_simulated_memory_does_it_too() -> None:

@@ -288,6 +288,86 @@ def test_a_close_waits_for_a_refill_in_another_thread() -> None:
     assert region.stats().warm_size == 0
 
 
+@pytest.mark.promise("no-deadlock", found="a plug out of memory and a refill with progress waited for each other")
+def test_a_plug_without_memory_does_not_wait_for_who_fills_the_pool(inject: Injector) -> None:
+    failed: list[BaseException] = []
+
+    def plug() -> None:
+        try:
+            region.plug(40)
+        except PopulateError as error:
+            failed.append(error)
+
+    def progress(done: int, total: int) -> None:
+        if done or failed:
+            return
+        inject.step(Step.POPULATE_WRITE, errno=errno.ENOMEM)
+        other = threading.Thread(target=plug, daemon=True)
+        other.start()
+        other.join(10)
+        assert failed, "it waits for the pool, which is ours until it is filled"
+        assert region.plug(40) == 1
+
+    with Region("256M", block_size="2M", backend=Anonymous(strategy="populate_write"), warm="8M") as region:
+        region.plug(0, 4)
+        assert region.refill(progress=progress) == 8 * MIB
+        assert region.audit().ok
+
+
+def test_a_refill_that_waits_for_another_can_be_stopped() -> None:
+    from sparsemem import OperationCancelledError
+
+    began, go_on, cancel = threading.Event(), threading.Event(), threading.Event()
+    cancel.set()
+
+    def wait(done: int, total: int) -> None:
+        began.set()
+        assert go_on.wait(20)
+
+    with Region("256M", block_size="2M", warm="8M") as region:
+        region.plug(0, 4)
+        refilling = threading.Thread(target=region.refill, kwargs={"progress": wait})
+        refilling.start()
+        assert began.wait(20)
+        with pytest.raises(OperationCancelledError, match="0 of 8388608"):
+            region.refill(cancel=cancel)
+        assert refilling.is_alive()
+        go_on.set()
+        refilling.join()
+        assert region.stats().warm_size == 8 * MIB
+
+
+def test_a_refill_finds_memory_in_what_is_pending(inject: Injector) -> None:
+    backend = Anonymous(strategy="populate_write")
+    with Region("64M", block_size="2M", backend=backend, warm="8M", unplug_delay=1000) as region:
+        region.plug(0, 4)
+        region.unplug(0, 2)
+        inject.step(Step.POPULATE_WRITE, errno=errno.ENOMEM, nth=2)
+        assert region.refill() == 8 * MIB
+        assert region.stats().pending_size == 0
+        region.plug(10, 4)
+        inject.step(Step.POPULATE_WRITE, errno=errno.ENOMEM, nth=2)
+        with pytest.raises(PopulateError):
+            region.refill()
+        assert region.stats().warm_size == 0
+
+
+def test_a_refill_that_headroom_refuses_finds_it_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def limits(*_: Any) -> list[Limit]:
+        left = 8 * MIB if made and region.stats().pending_size else 1 << 40
+        return [Limit(Cause.MEMORY_CGROUP, left, "a limit", errno.ENOMEM)]
+
+    made = False
+    monkeypatch.setattr(region_module, "Gauge", lambda _, mode: Gauge(limits, mode))
+    with Region("64M", block_size="2M", warm="16M", unplug_delay=1000) as region:
+        made = True
+        region.plug(0, 6)
+        region.unplug(0, 2)
+        region._core.gauge.forget()
+        assert region.refill() == 12 * MIB, "what is ready was not given back for that"
+        assert region.stats().pending_size == 0
+
+
 def test_threads_share_it(block: int) -> None:
     failures: list[BaseException] = []
     with Region(2048 * block, block_size=block, warm=64 * block) as region:

@@ -9,6 +9,7 @@ is complete in a hundred lines.
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -140,7 +141,7 @@ class Mapping(abc.ABC):
     """Whether prepared jobs can be worked on in C alone, and what was begun be discarded."""
 
     parallel: bool = False
-    """Whether several threads may work on it at once."""
+    """Whether several threads may work on it at once; takes an `advance` of its own, which knows of parts."""
 
     scales: bool = True
     """Whether they are any faster."""
@@ -288,8 +289,12 @@ class Mapping(abc.ABC):
         """
 
     def advance(self, job: Any, operation: str, budget_ns: int) -> int:
-        """Works on a job's runs from its cursor, a chunk at a time, as sm_advance() does."""
-        act = getattr(self, operation)
+        """Works on a job's runs from its cursor, a chunk at a time, as sm_advance() does.
+
+        Comes back with SM_MORE once `budget_ns` have passed, after a chunk at least, so that who waits for
+        it gets to look at signals and at whoever looks on.
+        """
+        act, until = getattr(self, operation), time.monotonic_ns() + budget_ns
         at = job.at
         while at.run < job.nruns:
             run = job.runs[at.run]
@@ -305,4 +310,6 @@ class Mapping(abc.ABC):
             job.calls += 1
             job.bytes += piece
             job.at = job.begun
+            if at.run < job.nruns and time.monotonic_ns() >= until:
+                return int(lib.SM_MORE)
         return int(lib.SM_OK)

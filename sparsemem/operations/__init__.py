@@ -11,8 +11,9 @@ The order within is what makes it safe, and is explained where it matters.
 from sparsemem.operations.inner import Inner
 from sparsemem.operations.operation import Core, Operation, execute, require_discard
 from sparsemem.operations.plug import Plug, plug_at_once_error, refill
+from sparsemem.operations.relief import relieve
 from sparsemem.operations.resize import resize
-from sparsemem.operations.unplug import Unplug, flush, flush_due, relieve, unplug_at_once_error
+from sparsemem.operations.unplug import Unplug, flush, flush_due, unplug_at_once_error
 from sparsemem.operations.whole import Close, Join, Leave, check_listens, protect
 
 __all__ = [

@@ -8,6 +8,8 @@ from sparsemem.blocks import Claim, Map, Want
 from sparsemem.engine import StepFailedError, Work
 from sparsemem.errors import BackendExhaustedError, DiscardError, PopulateError
 from sparsemem.operations.operation import Core, Operation, require_discard
+from sparsemem.operations.relief import spend, work_off
+from sparsemem.operations.unplug import flush_due
 from sparsemem.runs import EMPTY, Runs, clip, subtract
 from sparsemem.units import exact_size
 
@@ -37,15 +39,20 @@ class Inner(Operation):
             require_discard(core.mapping)
             # The map of such pages is made first: without it nothing may be discarded.
             core.blocks.mark_pages(EMPTY, True)
+        else:
+            flush_due(core)
         claim.take(Want.WITHIN_PLUGGED, self._strict)
         if not self._strict:
             self._leave_out()
         size = self._runs.total
         if self._operation == "repopulate" and self._spend:
-            core.gauge.spend(size)
+            spend(core, size)
         self._work = Work(core.mapping, self._operation, self._runs, 0)
         try:
-            self._work.run()
+            if self._operation == "repopulate":
+                work_off(core, self._work)
+            else:
+                self._work.run()
         except StepFailedError as failure:
             raise self._explain(failure) from None
         core.blocks.mark_pages(self._runs, self._operation == "thin")

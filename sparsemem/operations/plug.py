@@ -11,7 +11,8 @@ from sparsemem.engine import UNWATCHED, Control, StepFailedError, Work
 from sparsemem.errors import BackendExhaustedError, PopulateError, UnsupportedError
 from sparsemem.listeners import Announcement
 from sparsemem.operations.operation import Core, Operation, require_discard
-from sparsemem.operations.unplug import flush_due, relieve
+from sparsemem.operations.relief import spend, work_off
+from sparsemem.operations.unplug import flush_due
 from sparsemem.recipes import TRAP
 from sparsemem.runs import EMPTY, Runs, join, subtract, to_blocks
 from sparsemem.units import exact_size
@@ -55,9 +56,9 @@ class Plug(Operation):
     def perform(self) -> int:
         core, claim = self.core, self.claim
         started = time.monotonic()
-        flush_due(core)
+        flush_due(core, self._control)
         if self._fit is None:
-            claim.take(Want.TO_PLUGGED, self._strict)
+            claim.take(Want.TO_PLUGGED, self._strict, self._control.before_all(claim.runs.total << core.shift))
         else:
             self.found = claim.take_fit(*self._fit)
             if self.found is None:
@@ -71,8 +72,7 @@ class Plug(Operation):
             return 0
         self._works = self._populating(new) if self._populate else self._emptying(new)
         claim.charge(size)
-        for work in self._works:
-            self._run(work)
+        self._run(size)
         # Only now: a listener may use the memory at once.
         self._announcement = Announcement(core.listeners, "on_plug", new if core.listeners else ())
         self._announcement.tell()
@@ -87,7 +87,7 @@ class Plug(Operation):
         pending = claim.select(Map.PENDING, True) if core.deferral is not None else EMPTY
         fresh = core.block_runs(subtract(list(new), list(pending))) if pending.n else new
         # Up front, because a memory control group's limit has no errno.
-        self._spend(fresh.total << core.shift)
+        spend(core, fresh.total << core.shift, self._control.within(0, new.total << core.shift))
         works = [core.work("populate", fresh)] if fresh.n else []
         if pending.n:
             keep = core.deferral is not None and core.deferral.keep
@@ -103,26 +103,15 @@ class Plug(Operation):
         core.blocks.mark_pages(EMPTY, True)
         return [core.work("empty", new)]
 
-    def _spend(self, size: int) -> None:
-        core = self.core
+    def _run(self, size: int) -> None:
+        done = 0
         try:
-            core.gauge.spend(size)
-        except BackendExhaustedError:
-            if not relieve(core):
-                raise
-            core.gauge.forget()
-            core.gauge.spend(size)
-
-    def _run(self, work: Work) -> None:
-        core = self.core
-        while True:
-            try:
-                return work.run(self._control)
-            except StepFailedError as failure:
-                if not relieve(core):
-                    done = sum(work.bytes for work in self._works)
-                    raise populate_error(core, failure.errno, failure.offset, done) from None
-            work.retry()
+            for work in self._works:
+                work_off(self.core, work, self._control.within(done, size))
+                done += work.bytes
+        except StepFailedError as failure:
+            done = sum(work.bytes for work in self._works)
+            raise populate_error(self.core, failure.errno, failure.offset, done) from None
 
     def undo(self, error: BaseException | None) -> None:
         core, claim = self.core, self.claim
@@ -174,13 +163,19 @@ def refill(core: Core, control: Control = UNWATCHED) -> int:
     Raises:
         BackendExhaustedError: There is not so much memory.
         PopulateError: It failed otherwise; the pool is as before.
+        What `Control.check` raises; likewise.
     """
     warm = core.warm
     if warm is None or warm.ready == warm.size:
         return 0
-    core.gauge.spend(warm.size - warm.ready)
+
+    def populate(work: Work) -> None:
+        # The pool is ours now, so a relief does not take away what it is about.
+        spend(core, work.total, control)
+        work_off(core, work, control)
+
     try:
-        return warm.fill(control)
+        return warm.fill(populate, control.before_all(warm.size))
     except StepFailedError as failure:
         core.gauge.forget()
         raise populate_error(core, failure.errno, failure.offset, 0) from None

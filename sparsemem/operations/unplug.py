@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 
 from sparsemem.blocks import Claim, Map, Want
-from sparsemem.deferral import Deferral
 from sparsemem.engine import UNWATCHED, Control, StepFailedError, Work
 from sparsemem.errors import BlockStateError, DeadlineError, DiscardError, OperationCancelledError, Run
 from sparsemem.listeners import Announcement
@@ -65,8 +63,8 @@ class Unplug(Operation):
         started = time.monotonic()
         require_discard(core.mapping)
         if self._want is Want.TO_UNPLUGGED:
-            flush_due(core)
-        claim.take(self._want, self._strict)
+            flush_due(core, self._control)
+        claim.take(self._want, self._strict, self._control.before_all(claim.runs.total << core.shift))
         # A copy, since the claim will have the gaps in between, too.
         self._victims = claim.select(_VICTIMS[self._want], True)
         if self._victims.n == 0:
@@ -79,6 +77,10 @@ class Unplug(Operation):
             self._announcement.tell()
             self.require_process()
         if core.deferral is not None and self._want is Want.TO_UNPLUGGED and not claim.select(Map.TAINTED, True).n:
+            # All of it is told before the one call that does it: who stops it even then has stopped all of it.
+            size = self._victims.total << core.shift
+            self._control.check(0, size)
+            self._control.check(size, size)
             changed = claim.finish(unplugged=self._victims, pending=self._victims)
             core.deferral.note()
             core.tally.unplugged(changed << core.shift, 0, time.monotonic() - started)
@@ -100,6 +102,9 @@ class Unplug(Operation):
     def undo(self, error: BaseException | None) -> None:
         core, claim = self.core, self.claim
         if not claim.open:
+            if isinstance(error, (OperationCancelledError, DeadlineError)):
+                # It was stopped while it waited for others; so the state is that of this moment, and theirs.
+                error.remaining = tuple(clip(claim.runs, core.blocks.runs(_VICTIMS[self._want], True)))
             return
         if self._settled is None:  # once: what is announced below must stay true
             self._settled = settle(self._work, core.shift)
@@ -165,26 +170,21 @@ def flush(core: Core, control: Control = UNWATCHED) -> int:
         raise
 
 
-def flush_due(core: Core) -> None:
-    """Discards what has been pending for long enough; a failure is kept for `Region.flush` to tell."""
+def flush_due(core: Core, control: Control = UNWATCHED) -> None:
+    """Discards what has been pending for long enough."""
     if core.deferral is not None and core.deferral.due:
-        _flush_quietly(core, core.deferral)
+        flush_quietly(core, control)
 
 
-def _flush_quietly(core: Core, deferral: Deferral) -> int:
+def flush_quietly(core: Core, control: Control = UNWATCHED) -> int:
+    """Discards what is pending, in passing of something else; a failure is kept for `Region.flush` to tell."""
     try:
-        return flush(core)
+        return flush(core, control.untold())
     except DiscardError as error:
-        deferral.failure = error
+        assert core.deferral is not None
+        core.deferral.failure = error
+    except (OperationCancelledError, DeadlineError):
+        pass  # what this is done in passing of is stopped, and says so itself
     except BlockStateError:
         pass  # a circle of threads that wait for each other: later, then
     return 0
-
-
-def relieve(core: Core) -> bool:
-    """Gives back what is not needed this moment, pending blocks and the warm pool; whether there was any."""
-    given = 0 if core.deferral is None else _flush_quietly(core, core.deferral)
-    if core.warm is not None:
-        with contextlib.suppress(StepFailedError):
-            given += core.warm.give_back()
-    return given > 0

@@ -174,6 +174,7 @@ class Changing(Driver):
     @rule()
     def refill(self) -> None:
         self.region.refill()
+        self._settle_pending()
         assert self.region.stats().warm_size == self.options["warm"]
 
     @rule(unplugging=st.booleans())
@@ -183,7 +184,7 @@ class Changing(Driver):
         cancel.set()
         blocks = self.model.sound if unplugging else self.model.free
         free = [block for block in blocks if block not in {block for _, block in self.pins}]
-        if not free or (unplugging and (self._late or not self.made.kind.discards)) or not self._room(1):
+        if not free or (unplugging and not self.made.kind.discards) or not self._room(1):
             return
         operation = self.region.unplug if unplugging else self.region.plug
         with self._unmoved(), pytest.raises(OperationCancelledError):

@@ -78,6 +78,7 @@ class Contents(Changing):
             for cell in cells:
                 self.region.populate(block * self.block + cell * self.cell, self.cell)
                 self.model.discarded.discard((block, cell))
+            self._settle_pending()
 
     @precondition(lambda self: self.model.discarded and self._views)
     @rule(which=st.integers(0, 95))
