@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests.support import accounting
 
 _REPORT = pytest.StashKey[pytest.TestReport]()
+_FILE = pytest.StashKey[Path]()
 
 # A reservation without a name is known by its size: bigger than any heap, arena or stack of the interpreter.
 _RESERVATION = 256 << 20
@@ -26,10 +28,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaky: this test may leave descriptors or mappings behind")
 
 
-def pytest_collection_finish() -> None:
-    """Thousands of tests are alive to the end: no collection needs to go through them (0.1 s each time)."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """At each file: what is alive then, thousands of tests and reports, is no matter for the collector.
+
+    Else each collection goes through it, for 0.1 s and more, and tests of interrupts make thousands.
+    """
+    if item.session.stash.get(_FILE, None) != item.path:
+        item.session.stash[_FILE] = item.path
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)
