@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from itertools import pairwise
 from typing import Any
 
@@ -216,3 +217,15 @@ def test_find_unplugged_keeps_clear_of_what_is_plugged(fit: str) -> None:
         assert region.find_unplugged(4) is None
         assert region.find_unplugged(2, align=7, fit=fit) == 14
         assert region.find_unplugged(2, align=4, fit=fit) is None
+
+
+def test_a_large_region_comes_and_goes_without_its_maps_being_looked_through() -> None:
+    def faults_of_a_region(size: str) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with Region(size, block_size="2M") as region:
+            region.plug(region.nblocks - 1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of_a_region("64T")  # whatever is imported or allocated once
+    # Its four maps have 1024 pages each; what the block takes is 1 to 512.
+    assert faults_of_a_region("64T") <= faults_of_a_region("1G") + 600
