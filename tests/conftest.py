@@ -9,6 +9,7 @@ pytest_plugins = [
     "tests.support.kinds",
     "tests.support.injector",
     "tests.support.leaks",
+    "tests.support.overtaking",
     "tests.support.skips",
     "tests.support.evidence",
     "tests.support.interpreter",

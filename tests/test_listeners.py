@@ -9,7 +9,7 @@ import pytest
 
 from sparsemem import BlockStateError, DiscardError, ListenerVetoError, Region, Simulated
 from sparsemem.backends import Fault
-from sparsemem.blocks import Claim, Want
+from tests.support.overtaking import Overtake
 
 pytestmark = pytest.mark.promise("listeners-equal-bitmap")
 
@@ -184,25 +184,6 @@ def test_close_tells_that_all_goes_and_may_be_refused() -> None:
     listener.veto = lambda event, first: False
     region.close()
     assert listener.blocks == set()
-
-
-Overtake = Callable[[Callable[[], object]], None]
-
-
-@pytest.fixture
-def overtake(monkeypatch: pytest.MonkeyPatch) -> Overtake:
-    """Has something happen while the next one who wants the whole region still waits for it."""
-
-    def overtake(happens: Callable[[], object]) -> None:
-        class Waiting(Claim):
-            def take(self, want: Want, strict: bool = True) -> None:
-                monkeypatch.undo()
-                happens()
-                super().take(want, strict)
-
-        monkeypatch.setattr("sparsemem.operations.whole.Claim", Waiting)
-
-    return overtake
 
 
 @pytest.mark.promise(

@@ -33,10 +33,11 @@ from sparsemem import (
     engine,
 )
 from sparsemem.backends import Backend
-from sparsemem.blocks import Claim, Want
+from sparsemem.blocks import Claim
 from sparsemem.recipes import Step
 from tests.support import accounting
 from tests.support.injector import Injector
+from tests.support.overtaking import Overtake
 from tests.test_faults import Told
 
 BLOCK = 64 << 10
@@ -284,44 +285,25 @@ def test_what_outlives_the_region_is_given_back_as_it_closes(tmp_path: Path) -> 
     assert accounting.allocated_bytes(path) <= 2 * BLOCK
 
 
-Beside = Callable[[Callable[[], object]], None]
-
-
-@pytest.fixture
-def beside_close(monkeypatch: pytest.MonkeyPatch) -> Beside:
-    """Has something come to its end after the close has flushed, while it waits for those in flight."""
-
-    def beside_close(happens: Callable[[], object]) -> None:
-        class Waiting(Claim):
-            def take(self, want: Want, strict: bool = True) -> None:
-                monkeypatch.undo()
-                happens()
-                super().take(want, strict)
-
-        monkeypatch.setattr("sparsemem.operations.whole.Claim", Waiting)
-
-    return beside_close
-
-
-def test_what_an_unplug_in_flight_leaves_behind_is_given_back_too(tmp_path: Path, beside_close: Beside) -> None:
+def test_what_an_unplug_in_flight_leaves_behind_is_given_back_too(tmp_path: Path, overtake: Overtake) -> None:
     path = tmp_path / "file"
     with Region("1M", block_size=BLOCK, backend=File(path), unplug_delay=LONG) as region:
         region.plug(0, 4)
         for block in range(4):
             write(region, block, 7)
-        beside_close(lambda: region.unplug_runs([(0, 1), (2, 1)]))
+        overtake(lambda: region.unplug_runs([(0, 1), (2, 1)]))
     assert path.read_bytes()[: 4 * BLOCK] == (bytes(BLOCK) + b"\x07" * BLOCK) * 2
     assert accounting.allocated_bytes(path) <= 3 * BLOCK
     with Region("1M", block_size=BLOCK, backend=File(path, existing="adopt")) as region:
         assert list(region.plugged_runs()) == [(1, 1), (3, 1)]
 
 
-def test_a_failure_of_that_is_told_by_close(inject: Injector, beside_close: Beside) -> None:
+def test_a_failure_of_that_is_told_by_close(inject: Injector, overtake: Overtake) -> None:
     told = Told()
     with Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
         region.add_listener(told)
         region.plug(0, 8)
-        beside_close(lambda: region.unplug_runs([(0, 1), (2, 1), (4, 1)]))
+        overtake(lambda: region.unplug_runs([(0, 1), (2, 1), (4, 1)]))
         inject.step(Step.DONTNEED, errno=errno.EIO, nth=2)
         with pytest.raises(DiscardError) as caught:
             region.close()
@@ -335,18 +317,18 @@ def test_a_failure_of_that_is_told_by_close(inject: Injector, beside_close: Besi
     assert (region.closed, told.blocks) == (True, set())
 
 
-def test_a_close_by_an_error_goes_on_past_such_a_failure(inject: Injector, beside_close: Beside) -> None:
+def test_a_close_by_an_error_goes_on_past_such_a_failure(inject: Injector, overtake: Overtake) -> None:
     told = Told()
     with pytest.raises(KeyError), Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
         region.add_listener(told)
         region.plug(0, 4)
-        beside_close(lambda: region.unplug(0))
+        overtake(lambda: region.unplug(0))
         inject.step(Step.DONTNEED, errno=errno.EIO)
         raise KeyError
     assert (region.closed, told.blocks) == (True, set())
 
 
-def test_a_close_that_is_refused_has_discarded_it_all_the_same(beside_close: Beside) -> None:
+def test_a_close_that_is_refused_has_discarded_it_all_the_same(overtake: Overtake) -> None:
     class Refusing(Told):
         def on_unplug(self, first: int, count: int) -> None:
             if first == 2 and count == 2:
@@ -356,7 +338,7 @@ def test_a_close_that_is_refused_has_discarded_it_all_the_same(beside_close: Bes
     with Region("1M", block_size=BLOCK, unplug_delay=LONG) as region:
         region.add_listener(Refusing())
         region.plug_runs([(0, 4)])
-        beside_close(lambda: region.unplug(0, 2))
+        overtake(lambda: region.unplug(0, 2))
         with pytest.raises(ListenerVetoError):
             region.close()
         assert (pending(region), region.plugged_blocks, region.audit().ok) == (0, 2, True)
