@@ -90,7 +90,7 @@ def others(lab: Lab, bare: Bare, size: int) -> Iterator[Way]:
     if bare.advice != lib.MADV_HUGEPAGE:
         # With transparent huge pages the advice would come too late.  (And shared memory is
         # only read by it, so a file on a disk gets no blocks.)
-        shared = " (reads, allocates nothing)" if bare.folder else " (reads)" if bare.file else ""
+        shared = " (reads, allocates nothing)" if bare.folder else " (reads)" if bare.flags & mmap.MAP_SHARED else ""
         yield lab.in_c(f"MAP_POPULATE{shared}", partial(_mapped, bare, size), memory=memory)
     if bare.file is not None:
         yield Way("posix_fallocate (neither cleared nor mapped)", partial(_fallocated, bare, size), memory=memory)
